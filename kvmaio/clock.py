@@ -1,0 +1,128 @@
+"""Guest time in integer nanoseconds, and the alarms that devices set by it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+__all__ = ["Alarm", "Clock", "LoopClock", "StoppedClock"]
+
+
+class Cancellable(Protocol):
+    """What `Clock.call_at_ns` returns."""
+
+    def cancel(self) -> None:
+        """Call off the callback; harmless when it has run."""
+
+
+class Clock(Protocol):
+    """A source of time that can call back."""
+
+    @property
+    def now_ns(self) -> int:
+        """The present time in nanoseconds; it never goes backwards."""
+
+    def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
+        """Call `callback` at about `deadline_ns`; it may come a little early."""
+
+
+class StoppedClock:
+    """The clock of a device that is attached to nothing: time 0 for ever."""
+
+    now_ns = 0
+
+    def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
+        return _Never()
+
+
+class _Never:
+    def cancel(self) -> None:
+        pass
+
+
+class LoopClock:
+    """The event loop's time as integer nanoseconds.
+
+    What a second is, is the loop's choice: wall clock on asyncio and uvloop,
+    simulated time on a simulating loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    @property
+    def now_ns(self) -> int:
+        return round(self._loop.time() * 1e9)
+
+    def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
+        return self._loop.call_at(deadline_ns / 1e9, callback)
+
+
+class Alarm:
+    """One deadline of a device, as an asynchronous iterator of the deadlines reached.
+
+    ::
+
+        self.alarm.arm(self.clock.now_ns + 1_000_000)
+        async for deadline_ns in self.alarm:
+            ...
+
+    Never early: uvloop's timers and rounded floats can be, so the alarm looks
+    at the clock again before it rings. Its state is plain data (`deadline_ns`
+    and the deadlines that rang unheard), so a checkpoint holds it.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.deadline_ns: int | None = None
+        self._rung: deque[int] = deque()
+        self._clock: Clock = clock or StoppedClock()
+        self._timer: Cancellable | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def arm(self, deadline_ns: int) -> None:
+        """Ring once at `deadline_ns` guest time; a past deadline rings at once.
+
+        An earlier deadline that has not rung yet is replaced.
+        """
+        self.disarm()
+        self.deadline_ns = deadline_ns
+        self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
+
+    def disarm(self) -> None:
+        """Forget the deadline, if there is one."""
+        self.deadline_ns = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def use_clock(self, clock: Clock) -> None:
+        """Move to another clock; an armed deadline keeps its value."""
+        self._clock = clock
+        if self.deadline_ns is not None:
+            self.arm(self.deadline_ns)
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        while not self._rung:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._rung.popleft()
+
+    def _ring(self) -> None:
+        deadline_ns = self.deadline_ns
+        if deadline_ns is None:
+            return
+        if self._clock.now_ns < deadline_ns:
+            self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
+            return
+        self.disarm()
+        self._rung.append(deadline_ns)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,209 @@
+"""`Device`: a part of the machine that answers accesses on a bus."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, ClassVar, Self
+
+from .clock import Alarm, Clock, StoppedClock
+from .errors import ConfigurationError
+from .irq import IrqLine
+from .registers import Access, Register
+
+__all__ = ["Device"]
+
+
+class Device:
+    """The base of every device model.
+
+    A device knows neither bus nor hypervisor: it has registers, an interrupt
+    line, a clock and an alarm, and all of them are there from creation, so a
+    subclass's ``__init__`` need not call this one. Device code runs on the
+    event loop only and needs no locks.
+
+    Handlers change state and return; waiting happens in `run()`, or in an
+    ``async`` handler if the guest is to stall meanwhile; status and interrupt
+    are derived in `update()`.
+
+    Attributes:
+        size: the length of the window in bytes; by default as far as the
+            declared registers reach.
+        name: set when the device is attached, such as ``uart165500``.
+        irq: the interrupt output.
+        clock: guest time, `clock.now_ns`.
+        alarm: one deadline; iterate over it in `run()`.
+    """
+
+    size: int = 0
+    registers: ClassVar[tuple[Register[Any], ...]] = ()
+    _readers: ClassVar[dict[int, tuple[Register[Any], ...]]] = {}
+    _writers: ClassVar[dict[int, tuple[Register[Any], ...]]] = {}
+
+    name: str
+    irq: IrqLine
+    clock: Clock
+    alarm: Alarm
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        declared: dict[str, Register[Any]] = {}
+        for base in reversed(cls.__mro__):
+            for name, value in vars(base).items():
+                if isinstance(value, Register):
+                    declared[name] = value
+                else:
+                    declared.pop(name, None)
+        cls.registers = tuple(sorted(declared.values(), key=lambda register: register.offset))
+        table = _table(cls)
+        cls._readers = _preferring(table, Access.R)
+        cls._writers = _preferring(table, Access.W)
+        if "size" not in vars(cls):
+            cls.size = max(cls.size, max((r.offset + r.size for r in cls.registers), default=0))
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        device = super().__new__(cls)
+        device.name = cls.__name__.lower()
+        device.irq = IrqLine(f"{device.name}.irq")
+        device.clock = StoppedClock()
+        device.alarm = Alarm(device.clock)
+        for register in cls.registers:
+            device.__dict__[register.name] = register.typed(register.reset)
+        return device
+
+    def __init__(self) -> None:
+        pass
+
+    def read(self, offset: int, size: int) -> int | Awaitable[int]:
+        """Answer a read of `size` (1, 2, 4 or 8) bytes at `offset` into the window.
+
+        By default the declared registers answer; a place with no register
+        reads as 0. An access that covers several registers, or a part of
+        one, is put together in little-endian order.
+        """
+        register = self._register_at(self._readers, offset)
+        if register is not None and register.offset == offset and register.size == size:
+            return register.read(self)
+        return self._read_pieces(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> Awaitable[None] | None:
+        """Take a write of `size` bytes at `offset`; see `read()`.
+
+        A place with no register ignores writes; a write to a part of a
+        register leaves its other bytes as they are.
+        """
+        register = self._register_at(self._writers, offset)
+        if register is not None and register.offset == offset and register.size == size:
+            return register.write(self, value)
+        return self._write_pieces(offset, size, value)
+
+    def reset(self) -> None:
+        """Return to the state after power-on. Extend it for state outside registers."""
+        self.alarm.disarm()
+        for register in self.registers:
+            self.__dict__[register.name] = register.typed(register.reset)
+
+    def update(self) -> None:
+        """Derive status and interrupt from state; called after each write, reset and load."""
+
+    async def run(self) -> None:
+        """The device's own activity, if it has one.
+
+        Started once by the first `Machine.run()`, it goes on between runs and
+        is cancelled when the machine closes. Returning is fine; an exception
+        ends the machine. State belongs in attributes: a coroutine cannot be
+        checkpointed, and `run()` may be started from any drained state.
+        """
+
+    def save(self) -> dict[str, Any]:
+        """State outside of registers and alarm, as plain data for a checkpoint."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what `save()` gave."""
+
+    def _register_at(
+        self, table: dict[int, tuple[Register[Any], ...]], offset: int
+    ) -> Register[Any] | None:
+        for register in table.get(offset, ()):
+            if register.when is None or register.when(self):
+                return register
+        return None
+
+    async def _read_pieces(self, offset: int, size: int) -> int:
+        result = 0
+        done = 0
+        while done < size:
+            register = self._register_at(self._readers, offset + done)
+            if register is None:
+                done += 1
+                continue
+            skip = offset + done - register.offset
+            length = min(register.size - skip, size - done)
+            value = register.read(self)
+            if not isinstance(value, int):
+                value = await value
+            piece = (value >> 8 * skip) & ((1 << 8 * length) - 1)
+            result |= piece << 8 * done
+            done += length
+        return result
+
+    async def _write_pieces(self, offset: int, size: int, value: int) -> None:
+        done = 0
+        while done < size:
+            register = self._register_at(self._writers, offset + done)
+            if register is None:
+                done += 1
+                continue
+            skip = offset + done - register.offset
+            length = min(register.size - skip, size - done)
+            mask = ((1 << 8 * length) - 1) << 8 * skip
+            piece = (value >> 8 * done) << 8 * skip & mask
+            if length < register.size:
+                piece |= int(self.__dict__[register.name]) & ~mask
+            pending = register.write(self, piece)
+            if pending is not None:
+                await pending
+            done += length
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+def _table(cls: type[Device]) -> dict[int, tuple[Register[Any], ...]]:
+    """Byte offset -> the registers there.
+
+    Two that are always there may not overlap, unless one is only for reading
+    and the other only for writing, as RBR and THR of a UART.
+    """
+    table: dict[int, tuple[Register[Any], ...]] = {}
+    for register in cls.registers:
+        for offset in range(register.offset, register.offset + register.size):
+            for other in table.get(offset, ()):
+                share = {other.access, register.access} == {Access.R, Access.W}
+                if other.when is None and register.when is None and not share:
+                    raise ConfigurationError(
+                        f"{cls.__name__}: {register.name} at {register.offset:#x}.."
+                        f"{register.offset + register.size - 1:#x} overlaps {other.name} at {other.offset:#x}.."
+                        f"{other.offset + other.size - 1:#x}"
+                    )
+            # A register with a predicate hides one without.
+            here = (*table.get(offset, ()), register)
+            table[offset] = tuple(sorted(here, key=lambda r: r.when is None))
+    if "size" in vars(cls) and cls.registers:
+        last = max(cls.registers, key=lambda r: r.offset + r.size)
+        if last.offset + last.size > cls.size:
+            raise ConfigurationError(
+                f"{cls.__name__}: {last.name} lies beyond the window of {cls.size:#x} bytes"
+            )
+    return table
+
+
+def _preferring(
+    table: dict[int, tuple[Register[Any], ...]], direction: Access
+) -> dict[int, tuple[Register[Any], ...]]:
+    """`table` with the registers first that can be accessed in `direction`."""
+    able = (direction, Access.RW)
+    return {
+        offset: tuple(sorted(here, key=lambda register: register.access not in able))
+        for offset, here in table.items()
+    }

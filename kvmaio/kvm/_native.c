@@ -1,0 +1,454 @@
+#define _GNU_SOURCE
+#include "_native.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* glibc keeps the first real-time signals for itself; SIGRTMIN is the first free one. */
+#define KICK_SIGNAL SIGRTMIN
+#define STACK_SIZE (128 * 1024)
+#define NS_PER_S 1000000000ll
+
+enum command { IDLE, GO, QUIT };
+
+/* ---- small helpers -------------------------------------------------------- */
+
+static int64_t clock_ns(clockid_t clock)
+{
+	struct timespec now;
+	clock_gettime(clock, &now);
+	return now.tv_sec * NS_PER_S + now.tv_nsec;
+}
+
+static struct timespec timespec_of(int64_t ns)
+{
+	return (struct timespec){ .tv_sec = ns / NS_PER_S, .tv_nsec = ns % NS_PER_S };
+}
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t expected, const struct timespec *timeout)
+{
+	syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, timeout, NULL, 0);
+}
+
+static void futex_wake(_Atomic uint32_t *word)
+{
+	syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+}
+
+int kvmaio_ioctl(int fd, unsigned long request, void *argument)
+{
+	int result;
+	do
+		result = ioctl(fd, request, argument);
+	while (result < 0 && errno == EINTR);
+	return result < 0 ? -errno : result;
+}
+
+int kvmaio_ioctl_value(int fd, unsigned long request, unsigned long value)
+{
+	return kvmaio_ioctl(fd, request, (void *)value);
+}
+
+/* ---- the kick signal -------------------------------------------------------
+ *
+ * The vCPU's thread keeps the signal blocked; KVM_SET_SIGNAL_MASK unblocks it
+ * inside KVM_RUN only. A signal that comes earlier stays pending and makes the
+ * next KVM_RUN return at once, so there is no moment at which it can be lost,
+ * and the handler never runs: it is there because an ignored signal would not
+ * interrupt KVM_RUN.
+ */
+
+static void on_kick(int signal)
+{
+	(void)signal;
+}
+
+int kvmaio_init(void)
+{
+	struct sigaction action = { .sa_handler = on_kick }; /* no SA_RESTART: KVM_RUN must return */
+	sigemptyset(&action.sa_mask);
+	if (sigaction(KICK_SIGNAL, &action, NULL) < 0)
+		return -errno;
+	return KICK_SIGNAL;
+}
+
+static void kick_signal_set(sigset_t *set)
+{
+	sigemptyset(set);
+	sigaddset(set, KICK_SIGNAL);
+}
+
+/* A late kick or timer must not end the next run. */
+static void discard_pending_signal(void)
+{
+	sigset_t set;
+	const struct timespec at_once = { 0 };
+	kick_signal_set(&set);
+	while (sigtimedwait(&set, NULL, &at_once) > 0)
+		;
+}
+
+static void send_kick(pid_t tid)
+{
+	/* Real-time signals queue, and the user's queue may be full for a moment. */
+	for (int tries = 0; tries < 1000; tries++) {
+		if (!syscall(SYS_tgkill, getpid(), tid, KICK_SIGNAL) || errno != EAGAIN)
+			return;
+		const struct timespec pause = { .tv_nsec = 100000 };
+		nanosleep(&pause, NULL);
+	}
+}
+
+static int set_signal_mask(int vcpu_fd)
+{
+	struct {
+		struct kvm_signal_mask header;
+		uint64_t set; /* the kernel's sigset: bit n-1 is signal n */
+	} __attribute__((packed)) mask = { .header.len = 8, .set = ~(1ull << (KICK_SIGNAL - 1)) };
+	return kvmaio_ioctl(vcpu_fd, KVM_SET_SIGNAL_MASK, &mask);
+}
+
+/* ---- the hub ----------------------------------------------------------------
+ *
+ * Threads push; the loop takes the whole list at once. Only the push onto an
+ * empty list writes the eventfd, so a batch costs one wake-up. Nothing is lost:
+ * the loop reads the eventfd *before* it takes the list, so a push whose write
+ * that read swallowed is in the list taken; any later push found the list
+ * empty again and writes anew.
+ */
+
+int kvmaio_hub_create(kvmaio_hub **out)
+{
+	kvmaio_hub *hub = calloc(1, sizeof *hub);
+	if (!hub)
+		return -ENOMEM;
+	hub->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (hub->fd < 0) {
+		int error = errno;
+		free(hub);
+		return -error;
+	}
+	*out = hub;
+	return 0;
+}
+
+void kvmaio_hub_destroy(kvmaio_hub *hub)
+{
+	close(hub->fd);
+	free(hub);
+}
+
+static void hub_push(kvmaio_hub *hub, kvmaio_vcpu *vcpu)
+{
+	kvmaio_vcpu *head = atomic_load(&hub->arrived);
+	do
+		vcpu->next = head;
+	while (!atomic_compare_exchange_weak(&hub->arrived, &head, vcpu));
+	/* From here on the vCPU may already be entered again: do not touch it. */
+	if (!head) {
+		uint64_t one = 1;
+		ssize_t written;
+		do
+			written = write(hub->fd, &one, sizeof one);
+		while (written < 0 && errno == EINTR);
+	}
+}
+
+static void hub_take(kvmaio_hub *hub)
+{
+	kvmaio_vcpu *newest = atomic_exchange(&hub->arrived, NULL);
+	while (newest) {
+		kvmaio_vcpu *older = newest->next;
+		newest->next = hub->taken;
+		hub->taken = newest;
+		newest = older;
+	}
+}
+
+int kvmaio_hub_collect(kvmaio_hub *hub, uint32_t *tags, int capacity)
+{
+	int count = 0;
+	if (!hub->taken) {
+		uint64_t value;
+		if (read(hub->fd, &value, sizeof value) == sizeof value)
+			hub->wakeups++;
+		hub_take(hub);
+	}
+	while (hub->taken && count < capacity) {
+		kvmaio_vcpu *vcpu = hub->taken;
+		hub->taken = vcpu->next;
+		vcpu->next = NULL;
+		tags[count++] = vcpu->tag;
+	}
+	return count;
+}
+
+/* ---- running ------------------------------------------------------------------ */
+
+static void arm_timer(kvmaio_vcpu *vcpu, int64_t deadline_ns)
+{
+	/* An absolute zero would disarm; a past deadline fires at once. */
+	struct itimerspec at = { .it_value = timespec_of(deadline_ns > 0 ? deadline_ns : 1) };
+	timer_settime(vcpu->timer, TIMER_ABSTIME, &at, NULL);
+}
+
+static void disarm_timer(kvmaio_vcpu *vcpu)
+{
+	const struct itimerspec never = { 0 };
+	timer_settime(vcpu->timer, 0, &never, NULL);
+}
+
+static int create_timer(kvmaio_vcpu *vcpu)
+{
+	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = KICK_SIGNAL };
+	if (vcpu->has_timer)
+		return 0;
+#ifdef sigev_notify_thread_id
+	event.sigev_notify_thread_id = vcpu->tid;
+#else
+	event._sigev_un._tid = vcpu->tid;
+#endif
+	if (timer_create(CLOCK_MONOTONIC, &event, &vcpu->timer) < 0)
+		return -errno;
+	vcpu->has_timer = 1;
+	return 0;
+}
+
+/* One run, on the vCPU's thread.
+ *
+ * Against lost kicks, a Dekker pair: this thread publishes `active` and then
+ * reads `kicked`; the kicker writes `kicked` and then reads `active`. Either
+ * the kicker sees the run and signals it, or the run sees the kick. A signal
+ * meant for an earlier run only costs a look at `kicked`: hence the run id.
+ */
+static void execute(kvmaio_vcpu *vcpu)
+{
+	const uint64_t run_id = vcpu->run_id;
+	struct kvm_run *page = vcpu->page;
+	int64_t deadline_ns = 0;
+	int outcome;
+
+	if (vcpu->limit_ns > 0) {
+		int error = create_timer(vcpu);
+		if (error) {
+			vcpu->outcome = error;
+			return;
+		}
+	}
+	int64_t started_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	atomic_store(&vcpu->active, run_id);
+	/* A run that was kicked beforehand enters all the same, so that a pending
+	 * access gets completed, but executes nothing. */
+	int half = vcpu->limit_ns == 0 || atomic_load(&vcpu->kicked) >= run_id;
+	int timed = vcpu->limit_ns > 0 && !half;
+	if (timed) {
+		deadline_ns = clock_ns(CLOCK_MONOTONIC) + vcpu->limit_ns;
+		arm_timer(vcpu, deadline_ns);
+	}
+	page->immediate_exit = half;
+	for (;;) {
+		int error = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? errno : 0;
+		vcpu->entries++;
+		if (!error) {
+			outcome = KVMAIO_EXIT;
+			break;
+		}
+		/* exit_reason is stale from here on: errno decides. EAGAIN comes from
+		 * an application processor that waited for its start-up IPI. */
+		if (error != EINTR && error != EAGAIN) {
+			outcome = -error;
+			break;
+		}
+		/* First discard, then look: a signal swallowed here has its reason
+		 * written down already; one that comes later stays pending. */
+		if (error == EINTR)
+			discard_pending_signal();
+		if (half || atomic_load(&vcpu->kicked) >= run_id) {
+			outcome = KVMAIO_INTERRUPTED;
+			break;
+		}
+		if (timed && clock_ns(CLOCK_MONOTONIC) >= deadline_ns) {
+			outcome = KVMAIO_TIMER;
+			break;
+		}
+		vcpu->unrequested++;
+	}
+	page->immediate_exit = 0;
+	atomic_store(&vcpu->active, 0);
+	if (timed) {
+		disarm_timer(vcpu);
+		discard_pending_signal();
+	}
+	vcpu->executed_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
+	vcpu->outcome = outcome;
+}
+
+static uint32_t wait_for_command(kvmaio_vcpu *vcpu)
+{
+	uint32_t command;
+	while ((command = atomic_load(&vcpu->command)) == IDLE) {
+		atomic_store(&vcpu->asleep, 1);
+		futex_wait(&vcpu->command, IDLE, NULL);
+		atomic_store(&vcpu->asleep, 0);
+	}
+	return command;
+}
+
+static void *thread_main(void *argument)
+{
+	kvmaio_vcpu *vcpu = argument;
+	vcpu->tid = (pid_t)syscall(SYS_gettid);
+	atomic_store(&vcpu->command, IDLE);
+	futex_wake(&vcpu->command);
+	while (wait_for_command(vcpu) == GO) {
+		int in_place = vcpu->in_place;
+		execute(vcpu);
+		/* Not a plain store: it could overwrite a QUIT. */
+		uint32_t go = GO;
+		if (!atomic_compare_exchange_strong(&vcpu->command, &go, IDLE))
+			break;
+		if (in_place)
+			futex_wake(&vcpu->command);
+		else
+			hub_push(vcpu->hub, vcpu);
+	}
+	if (vcpu->has_timer)
+		timer_delete(vcpu->timer);
+	return NULL;
+}
+
+/* ---- the vCPU's life ------------------------------------------------------------ */
+
+int kvmaio_vcpu_create(kvmaio_hub *hub, int vm_fd, unsigned long id, size_t page_size, uint32_t tag,
+		       kvmaio_vcpu **out)
+{
+	kvmaio_vcpu *vcpu = aligned_alloc(64, (sizeof *vcpu + 63) & ~63ul);
+	if (!vcpu)
+		return -ENOMEM;
+	memset(vcpu, 0, sizeof *vcpu);
+	vcpu->hub = hub;
+	vcpu->tag = tag;
+	vcpu->page_size = page_size;
+	vcpu->fd = kvmaio_ioctl_value(vm_fd, KVM_CREATE_VCPU, id);
+	if (vcpu->fd < 0) {
+		int error = vcpu->fd;
+		free(vcpu);
+		return error;
+	}
+	void *page = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
+	int error = page == MAP_FAILED ? -errno : set_signal_mask(vcpu->fd);
+	if (error) {
+		if (page != MAP_FAILED)
+			munmap(page, page_size);
+		close(vcpu->fd);
+		free(vcpu);
+		return error;
+	}
+	vcpu->page = page;
+	*out = vcpu;
+	return 0;
+}
+
+int kvmaio_vcpu_start(kvmaio_vcpu *vcpu)
+{
+	pthread_attr_t attributes;
+	sigset_t all, before;
+	int error;
+
+	if (vcpu->started)
+		return 0;
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK_SIZE);
+	atomic_store(&vcpu->command, GO); /* until the thread says IDLE */
+	/* The thread inherits the mask: no signal of the program is ever taken there. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	error = pthread_create(&vcpu->thread, &attributes, thread_main, vcpu);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	pthread_attr_destroy(&attributes);
+	if (error)
+		return -error;
+	vcpu->started = 1;
+	while (atomic_load(&vcpu->command) == GO)
+		futex_wait(&vcpu->command, GO, NULL);
+	return 0;
+}
+
+static void submit(kvmaio_vcpu *vcpu, int64_t limit_ns, int in_place)
+{
+	vcpu->run_id++;
+	vcpu->limit_ns = limit_ns;
+	vcpu->in_place = in_place;
+	atomic_store(&vcpu->command, GO);
+	if (atomic_load(&vcpu->asleep))
+		futex_wake(&vcpu->command);
+}
+
+uint64_t kvmaio_vcpu_enter(kvmaio_vcpu *vcpu, int64_t limit_ns)
+{
+	submit(vcpu, limit_ns, 0);
+	return vcpu->run_id;
+}
+
+int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns)
+{
+	int64_t deadline_ns = clock_ns(CLOCK_MONOTONIC) + timeout_ns;
+	submit(vcpu, 0, 1);
+	while (atomic_load(&vcpu->command) == GO) {
+		int64_t left_ns = deadline_ns - clock_ns(CLOCK_MONOTONIC);
+		if (left_ns <= 0)
+			return -ETIMEDOUT;
+		struct timespec left = timespec_of(left_ns);
+		futex_wait(&vcpu->command, GO, &left);
+	}
+	return vcpu->outcome;
+}
+
+int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu)
+{
+	return atomic_load(&vcpu->command) == GO;
+}
+
+uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu)
+{
+	return kvmaio_vcpu_is_running(vcpu) ? vcpu->run_id : vcpu->run_id + 1;
+}
+
+void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id)
+{
+	uint64_t kicked = atomic_load(&vcpu->kicked);
+	do
+		if (kicked >= run_id)
+			return; /* one signal a run is enough: they queue */
+	while (!atomic_compare_exchange_weak(&vcpu->kicked, &kicked, run_id));
+	if (atomic_load(&vcpu->active) == run_id)
+		send_kick(vcpu->tid);
+}
+
+int kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu, int64_t timeout_ns)
+{
+	if (vcpu->started) {
+		struct timespec until = timespec_of(clock_ns(CLOCK_REALTIME) + timeout_ns);
+		atomic_store(&vcpu->kicked, UINT64_MAX);
+		atomic_store(&vcpu->command, QUIT);
+		futex_wake(&vcpu->command);
+		if (atomic_load(&vcpu->active))
+			send_kick(vcpu->tid);
+		int error = pthread_timedjoin_np(vcpu->thread, NULL, &until);
+		if (error)
+			return -error;
+		vcpu->started = 0;
+	}
+	munmap(vcpu->page, vcpu->page_size);
+	close(vcpu->fd);
+	free(vcpu);
+	return 0;
+}

@@ -1,0 +1,121 @@
+/* The C core: mechanism only. Policy, decoding and dispatch are Python.
+ *
+ * Conventions: opaque objects come in create/destroy pairs; functions return
+ * 0 (or a count) on success and -errno on failure; nothing here prints, takes
+ * the GIL or calls Python. Unless a comment says otherwise, a function is
+ * called on the thread of the event loop that owns the object.
+ */
+#ifndef KVMAIO_NATIVE_H
+#define KVMAIO_NATIVE_H
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <time.h>
+
+/* What came of one entry; negative values are -errno of KVM_RUN. */
+enum kvmaio_outcome {
+	KVMAIO_EXIT = 0,        /* the run page describes an exit */
+	KVMAIO_INTERRUPTED = 1, /* kicked, or a half entry: the run page is stale */
+	KVMAIO_TIMER = 2,       /* the time limit was reached: the run page is stale */
+};
+
+/* ---- plain system calls ------------------------------------------------- */
+
+/* Any thread. The ioctl's result, or -errno; EINTR is retried. */
+int kvmaio_ioctl(int fd, unsigned long request, void *argument);
+int kvmaio_ioctl_value(int fd, unsigned long request, unsigned long value);
+
+/* Prepare the kick signal for this process. Idempotent; call before any vCPU.
+ * Returns the signal's number. */
+int kvmaio_init(void);
+
+/* ---- the hub: one eventfd and one done-list for all vCPUs of a loop ------ */
+
+struct kvmaio_vcpu;
+
+typedef struct kvmaio_hub {
+	int fd;                                /* readable when the list may be non-empty */
+	_Atomic(struct kvmaio_vcpu *) arrived; /* pushed by vCPU threads, newest first */
+	struct kvmaio_vcpu *taken;             /* the loop's: oldest first */
+	uint64_t wakeups;                      /* how often the loop was woken */
+} kvmaio_hub;
+
+int kvmaio_hub_create(kvmaio_hub **out);
+
+/* Fill `tags` with the vCPUs that left the guest, in order of arrival; at most
+ * `capacity`. Call again while it returns `capacity`. */
+int kvmaio_hub_collect(kvmaio_hub *hub, uint32_t *tags, int capacity);
+
+/* Only when no vCPU of this hub is left. */
+void kvmaio_hub_destroy(kvmaio_hub *hub);
+
+/* ---- a vCPU and its native thread ---------------------------------------- */
+
+typedef struct kvmaio_vcpu {
+	int fd;
+	struct kvm_run *page; /* the thread's between enter and arrival, else the loop's */
+	size_t page_size;
+	uint32_t tag; /* what kvmaio_hub_collect reports */
+
+	/* The present request: written by the loop before `command` says GO. */
+	uint64_t run_id;
+	int64_t limit_ns; /* < 0: none; 0: half entry; else host time in the guest */
+	int in_place;     /* the loop waits for the result itself: no arrival */
+
+	/* The result: written by the thread before `command` says IDLE. */
+	int outcome; /* enum kvmaio_outcome or -errno */
+	int64_t executed_ns;
+	uint64_t entries;    /* KVM_RUN calls so far */
+	uint64_t unrequested; /* of these, ended by an EINTR that nobody asked for */
+
+	/* Shared. */
+	_Atomic uint32_t command __attribute__((aligned(64)));
+	_Atomic uint32_t asleep;
+	_Atomic uint64_t active; /* the run id inside KVM_RUN, 0 outside */
+	_Atomic uint64_t kicked; /* runs up to this id are to end */
+
+	struct kvmaio_vcpu *next; /* in the hub's list */
+	kvmaio_hub *hub;
+	pthread_t thread;
+	pid_t tid;
+	int started;
+	int has_timer;
+	timer_t timer;
+} kvmaio_vcpu;
+
+/* KVM_CREATE_VCPU and its run page; no thread yet. */
+int kvmaio_vcpu_create(kvmaio_hub *hub, int vm_fd, unsigned long id, size_t page_size, uint32_t tag,
+		       kvmaio_vcpu **out);
+
+/* Start the vCPU's thread: KVM_RUN is only ever called there, since moving a
+ * vCPU between threads costs an RCU grace period on many kernels. */
+int kvmaio_vcpu_start(kvmaio_vcpu *vcpu);
+
+/* Let the thread enter the guest. The previous run must have arrived.
+ * Returns the run's id, from 1 on. */
+uint64_t kvmaio_vcpu_enter(kvmaio_vcpu *vcpu, int64_t limit_ns);
+
+/* Complete a pending access and wait for that: microseconds, and at most
+ * `timeout_ns`. Returns the outcome, or -ETIMEDOUT. Releases nothing: the
+ * caller is expected to have released the GIL. */
+int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+
+/* End the run with this id, whether it is under way or still to come; runs
+ * with a higher id are not touched. Any thread, while the vCPU exists. */
+void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id);
+
+/* The id of the run under way, or of the next one. */
+uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);
+
+/* Is a run under way, that is: not yet arrived? */
+int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu);
+
+/* End the thread and free everything. Returns -ETIMEDOUT, and frees nothing,
+ * if the thread does not leave KVM_RUN within `timeout_ns`. Afterwards the
+ * vCPU must not be in the hub's list: collect first. */
+int kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+
+#endif

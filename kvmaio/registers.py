@@ -1,0 +1,160 @@
+"""`Register`: a device register, declared once with its offset, width, policy and reset."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar, overload
+
+from .errors import ConfigurationError
+
+__all__ = ["Access", "Register"]
+
+T = TypeVar("T")
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+class Access(enum.Enum):
+    """What the guest may do with a register; what it may not is ignored, reads give 0."""
+
+    R = "read-only"
+    W = "write-only"
+    RW = "read-write"
+
+
+class Register(Generic[T]):
+    """A register of a `Device`, declared as a class attribute.
+
+    ::
+
+        class Timer(Device):
+            interval = Register(0x0, int, bits=32)
+            status = Register(0x8, Status, Access.R, reset=Status.READY)
+
+            @interval.on_write
+            def start(self, interval: int) -> None: ...
+
+    On an instance, the attribute *is* the register's value: ``self.interval``.
+    A guest write stores the value there unless an `on_write` handler takes
+    it; a guest read returns it unless an `on_read` handler answers. A handler
+    is a plain function or a coroutine function; while a coroutine is
+    suspended, the vCPU that made the access waits, and nobody else.
+
+    Args:
+        offset: in bytes from the start of the device's window.
+        type: what the guest's number becomes: int, an IntFlag, an IntEnum or
+            any callable that takes an int. A number that it refuses with
+            ValueError is passed on as it is: a guest may write anything.
+        access: reads of a write-only register give 0, writes to a read-only
+            one are ignored.
+        bits: the width: 8, 16, 32 or 64.
+        reset: the value after power-on and reset.
+        posted: a write needs no answer before the guest goes on, so that KVM
+            may batch it. Order among all accesses of the guest is kept.
+        doorbell: writes only ring: their values are not wanted.
+        when: a predicate on the device; the register is there only while it
+            is true (banked registers, such as those behind a UART's DLAB).
+
+    Raises:
+        ConfigurationError: an impossible offset, width or reset value.
+    """
+
+    def __init__(
+        self,
+        offset: int,
+        type: Callable[[int], T] = int,  # type: ignore[assignment]
+        access: Access = Access.RW,
+        *,
+        bits: int = 8,
+        reset: int = 0,
+        posted: bool = False,
+        doorbell: bool = False,
+        when: Callable[[Any], bool] | None = None,
+    ) -> None:
+        if bits not in (8, 16, 32, 64):
+            raise ConfigurationError(
+                f"a register of {bits} bits: only 8, 16, 32 and 64 are possible"
+            )
+        if offset < 0:
+            raise ConfigurationError(f"a register at offset {offset}: offsets start at 0")
+        if not 0 <= reset < 1 << bits:
+            raise ConfigurationError(
+                f"reset value {reset:#x} does not fit a register of {bits} bits"
+            )
+        if (posted or doorbell) and access is Access.R:
+            raise ConfigurationError(
+                f"a read-only register at {offset:#x} cannot be posted or a doorbell"
+            )
+        self.offset = offset
+        self.type = type
+        self.access = access
+        self.bits = bits
+        self.size = bits // 8
+        self.reset = reset
+        self.posted = posted
+        self.doorbell = doorbell
+        self.when = when
+        self.name = f"register_{offset:x}"
+        self.mask = (1 << bits) - 1
+        self.read_handler: Callable[[Any], int | Awaitable[int]] | None = None
+        self.write_handler: Callable[[Any, Any], Awaitable[None] | None] | None = None
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    # Only __get__, no __set__: the value lies in the instance's __dict__ under
+    # the register's own name, so a device reads and writes it at full speed.
+    @overload
+    def __get__(self, instance: None, owner: type) -> Register[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> Register[T] | T:
+        if instance is None:
+            return self
+        raise AttributeError(
+            f"{owner.__name__}.{self.name} has no value; was Device.__new__ bypassed?"
+        )
+
+    def on_read(self, handler: H) -> H:
+        """Decorator: the method answers the guest's reads, plain or `async`."""
+        self.read_handler = handler
+        return handler
+
+    def on_write(self, handler: H) -> H:
+        """Decorator: the method takes the guest's writes, plain or `async`."""
+        self.write_handler = handler
+        return handler
+
+    def typed(self, value: int) -> Any:
+        """`value` cut to the register's width and converted to its type."""
+        value &= self.mask
+        if self.type is int:
+            return value
+        try:
+            return self.type(value)
+        except ValueError:
+            return value
+
+    def is_present(self, device: object) -> bool:
+        """Is the register there at this moment (`when`)?"""
+        return self.when is None or self.when(device)
+
+    def read(self, device: object) -> int | Awaitable[int]:
+        """The guest reads the whole register."""
+        if self.access is Access.W:
+            return 0
+        if self.read_handler is not None:
+            return self.read_handler(device)
+        return int(device.__dict__[self.name])
+
+    def write(self, device: object, value: int) -> Awaitable[None] | None:
+        """The guest writes the whole register."""
+        if self.access is Access.R:
+            return None
+        if self.write_handler is not None:
+            return self.write_handler(device, self.typed(value))
+        device.__dict__[self.name] = self.typed(value)
+        return None
+
+    def __repr__(self) -> str:
+        return f"<Register {self.name} at {self.offset:#x}, {self.bits} bits, {self.access.value}>"
