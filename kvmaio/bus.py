@@ -95,7 +95,8 @@ class Bus:
         mapping = Mapping(base, size, device)
         if (other := self.overlapping(base, size)) is not None:
             raise ConfigurationError(
-                f"cannot map {mapping}: {other.device.name} already occupies {other.base:#x}..{other.last:#x}"
+                f"cannot map {mapping}: {other.device.name} already occupies "
+                f"{other.base:#x}..{other.last:#x}"
             )
         index = bisect_right(self._bases, base)
         self._mappings.insert(index, mapping)
@@ -125,12 +126,15 @@ class Bus:
 
         Raises:
             UnmappedAccess: nothing is there and `unmapped` is ERROR.
+            ConfigurationError: an impossible size.
         """
+        _check_size(self.name, address, size)
         value = self.begin_read(address, size)
         return value if isinstance(value, int) else await value
 
     async def write(self, address: int, size: int, value: int) -> None:
         """Write the low `size` bytes of `value`; see `read()`."""
+        _check_size(self.name, address, size)
         pending = self.begin_write(address, size, value & ((1 << 8 * size) - 1))
         if pending is not None:
             await pending
@@ -160,10 +164,6 @@ class Bus:
         return _finish_write(pending, target.update)
 
     def _resolve(self, address: int, size: int) -> _Target:
-        if not 0 < size <= MAX_ACCESS:
-            raise ConfigurationError(
-                f"an access of {size} bytes at {self.name} {address:#x}: 1 to {MAX_ACCESS} only"
-            )
         mapping = self.find(address)
         if mapping is not None and address + size - 1 <= mapping.last:
             device = mapping.device
@@ -202,6 +202,13 @@ class Bus:
                 await self.write(address + i, 1, value >> 8 * i)
 
         return _Target(0, read, write, None)
+
+
+def _check_size(bus: str, address: int, size: int) -> None:
+    if not 0 < size <= MAX_ACCESS:
+        raise ConfigurationError(
+            f"an access of {size} bytes at {bus} {address:#x}: 1 to {MAX_ACCESS} only"
+        )
 
 
 async def _finish_read(value: Awaitable[int], size: int) -> int:

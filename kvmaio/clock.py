@@ -97,6 +97,11 @@ class Alarm:
             self._timer.cancel()
             self._timer = None
 
+    def reset(self) -> None:
+        """Forget the deadline, and those that rang but were not heard yet."""
+        self.disarm()
+        self._rung.clear()
+
     def use_clock(self, clock: Clock) -> None:
         """Move to another clock; an armed deadline keeps its value."""
         self._clock = clock

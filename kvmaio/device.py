@@ -98,7 +98,7 @@ class Device:
 
     def reset(self) -> None:
         """Return to the state after power-on. Extend it for state outside registers."""
-        self.alarm.disarm()
+        self.alarm.reset()
         for register in self.registers:
             self.__dict__[register.name] = register.typed(register.reset)
 
@@ -183,12 +183,10 @@ def _table(cls: type[Device]) -> dict[int, tuple[Register[Any], ...]]:
                 if other.when is None and register.when is None and not share:
                     raise ConfigurationError(
                         f"{cls.__name__}: {register.name} at {register.offset:#x}.."
-                        f"{register.offset + register.size - 1:#x} overlaps {other.name} at {other.offset:#x}.."
-                        f"{other.offset + other.size - 1:#x}"
+                        f"{register.offset + register.size - 1:#x} overlaps {other.name} "
+                        f"at {other.offset:#x}..{other.offset + other.size - 1:#x}"
                     )
-            # A register with a predicate hides one without.
-            here = (*table.get(offset, ()), register)
-            table[offset] = tuple(sorted(here, key=lambda r: r.when is None))
+            table[offset] = (*table.get(offset, ()), register)
     if "size" in vars(cls) and cls.registers:
         last = max(cls.registers, key=lambda r: r.offset + r.size)
         if last.offset + last.size > cls.size:
@@ -201,9 +199,9 @@ def _table(cls: type[Device]) -> dict[int, tuple[Register[Any], ...]]:
 def _preferring(
     table: dict[int, tuple[Register[Any], ...]], direction: Access
 ) -> dict[int, tuple[Register[Any], ...]]:
-    """`table` with the registers first that can be accessed in `direction`."""
+    """`table` in the order of choice: a register with a predicate hides one without."""
     able = (direction, Access.RW)
     return {
-        offset: tuple(sorted(here, key=lambda register: register.access not in able))
+        offset: tuple(sorted(here, key=lambda r: (r.when is None, r.access not in able)))
         for offset, here in table.items()
     }
