@@ -36,7 +36,8 @@ KVM_CAP_IRQFD KVM_CAP_IOEVENTFD KVM_CAP_SIGNAL_MSI KVM_CAP_XSAVE KVM_CAP_XSAVE2 
 KVM_CAP_DEBUGREGS KVM_CAP_VCPU_EVENTS KVM_CAP_MP_STATE KVM_CAP_SREGS2 KVM_CAP_ONE_REG
 KVM_CAP_DEVICE_CTRL KVM_CAP_USER_NMI KVM_CAP_DIRTY_LOG_RING KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 KVM_CAP_X86_USER_SPACE_MSR KVM_CAP_SET_GUEST_DEBUG KVM_CAP_TSC_CONTROL KVM_CAP_GET_TSC_KHZ
-KVM_CAP_ADJUST_CLOCK KVM_CAP_EXIT_HYPERCALL
+KVM_CAP_ADJUST_CLOCK KVM_CAP_EXIT_HYPERCALL KVM_CAP_USER_MEMORY KVM_CAP_EXT_CPUID
+KVM_CAP_ENABLE_CAP_VM KVM_CAP_MAX_VCPU_ID
 """.split()
 
 EXITS = """
@@ -55,13 +56,15 @@ KVM_MP_STATE_SIPI_RECEIVED KVM_SYNC_X86_REGS KVM_SYNC_X86_SREGS KVM_SYNC_X86_EVE
 KVM_GUESTDBG_ENABLE KVM_GUESTDBG_SINGLESTEP KVM_GUESTDBG_USE_SW_BP KVM_GUESTDBG_USE_HW_BP
 KVM_CREATE_DEVICE_TEST KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 KVM_VCPUEVENT_VALID_NMI_PENDING KVM_VCPUEVENT_VALID_SIPI_VECTOR KVM_VCPUEVENT_VALID_SHADOW
+KVM_VCPUEVENT_VALID_SMM KVM_VCPUEVENT_VALID_PAYLOAD KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+KVM_SREGS2_FLAGS_PDPTRS_VALID KVM_IOAPIC_NUM_PINS KVM_DEV_TYPE_VFIO
 KVM_API_VERSION
 """.split()
 
 # `unsigned long long`, not uint64_t: it is what the kernel's __u64 is.
 STRUCTURES = """
 struct kvm_userspace_memory_region { uint32_t slot, flags; unsigned long long guest_phys_addr, memory_size, userspace_addr; };
-struct kvm_coalesced_mmio_zone { unsigned long long addr; uint32_t size; ...; };
+struct kvm_coalesced_mmio_zone { unsigned long long addr; uint32_t size, pio; ...; };
 struct kvm_coalesced_mmio { unsigned long long phys_addr; uint32_t len; uint8_t data[8]; ...; };
 struct kvm_coalesced_mmio_ring { uint32_t first, last; struct kvm_coalesced_mmio coalesced_mmio[]; };
 struct kvm_irq_level { uint32_t irq, level; ...; };
@@ -83,6 +86,7 @@ struct kvm_irq_routing_msi { uint32_t address_lo, address_hi, data, pad; };
 struct kvm_irq_routing_entry {
     uint32_t gsi, type, flags, pad;
     union { struct kvm_irq_routing_irqchip irqchip; struct kvm_irq_routing_msi msi; uint32_t pad[8]; } u;
+    ...;
 };
 struct kvm_irq_routing { uint32_t nr, flags; struct kvm_irq_routing_entry entries[]; };
 
