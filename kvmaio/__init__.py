@@ -1,0 +1,71 @@
+"""kvmaio: an asyncio co-simulation engine for KVM guests.
+
+How the package is laid out, in the order in which one may want to read it:
+
+==================  ==================================================================
+`machine`           the composition root: everything below, wired together
+`device`            the base of device models; `registers`, `irq` and `clock` are its parts
+`bus`               from an address to a device
+`memory`            the guest's RAM and ROM
+`vcpu`              the state machine of a virtual CPU and its run loop
+`service`           from an exit to whoever answers it; `exits` names the reasons
+`cpu`, `platform`   what a CPU model and its host part must be able to do
+`kvm`               the KVM model; the only user of the C core
+`boot`              image loaders
+`devices`           device models, one file per part
+`cli`, `doctor`     the command line
+==================  ==================================================================
+"""
+
+from .bus import Bus, Unmapped
+from .cpu import Context, CpuState
+from .device import Device
+from .errors import (
+    CheckpointError,
+    ConfigurationError,
+    EmulationFailure,
+    GuestError,
+    HostError,
+    KvmaioError,
+    UnmappedAccess,
+)
+from .exits import EndRun, Exited, Halted, Outcome, Shutdown, Stopped, VmExit
+from .irq import IrqLine
+from .loops import run
+from .machine import Machine
+from .memory import GuestMemory
+from .registers import Access, Register
+from .vcpu import VCpu, VCpuState, current_vcpu
+
+__all__ = [
+    "Access",
+    "Bus",
+    "CheckpointError",
+    "ConfigurationError",
+    "Context",
+    "CpuState",
+    "Device",
+    "EmulationFailure",
+    "EndRun",
+    "Exited",
+    "GuestError",
+    "GuestMemory",
+    "Halted",
+    "HostError",
+    "IrqLine",
+    "KvmaioError",
+    "Machine",
+    "Outcome",
+    "Register",
+    "Shutdown",
+    "Stopped",
+    "UnmappedAccess",
+    "Unmapped",
+    "VCpu",
+    "VCpuState",
+    "VmExit",
+    "current_vcpu",
+    "run",
+]
+
+__version__ = "0.1.0"

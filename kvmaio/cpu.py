@@ -7,7 +7,7 @@ either through this protocol and knows nothing of what is behind it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import attrs
@@ -173,16 +173,20 @@ class PostedWrite:
 
 
 class CpuModel(Protocol):
-    """One vCPU's engine. All calls are made on the event loop's thread.
+    """One vCPU's engine. Unless said otherwise, calls are made on the loop's thread.
 
     `page` has the layout of the kernel's ``struct kvm_run``; it belongs to the
     model between `enter()` and the result, to the caller otherwise.
     """
 
     kind: str
+    resolution_ns: int
+    """The shortest time limit that the model can keep."""
     page: Any
     io_words: dict[int, Any]
     """Access size -> the page as an array of words of that size, for port I/O data."""
+    mmio_word: Any
+    """The page's MMIO data as an array of one 64-bit word."""
 
     def enter(self, limit_ns: int | None) -> EntryResult | None:
         """Enter the guest, for about `limit_ns` host nanoseconds; 0 is a half entry.
@@ -193,8 +197,8 @@ class CpuModel(Protocol):
             HostError: the host refused.
         """
 
-    def left(self) -> Awaitable[EntryResult]:
-        """Wait until the guest has been left. If cancelled, call it again later."""
+    async def left(self) -> EntryResult:
+        """Wait until the guest has been left. If cancelled, await it again later."""
 
     @property
     def executed_ns(self) -> int:
@@ -206,17 +210,20 @@ class CpuModel(Protocol):
     def kick(self) -> None:
         """End the present entry, or the next one if there is none. From any thread."""
 
+    def kick_run(self) -> None:
+        """End the present entry; without one, do nothing."""
+
     def read_context(self) -> Context:
-        """The general and special registers; the guest must not be running."""
+        """Fetch the general and special registers; the guest must not be running."""
 
     def write_context(self, context: Context) -> None:
-        """Push the general and special registers."""
+        """Push the general and special registers; no access may be pending."""
 
     def read_state(self) -> CpuState:
-        """All state; the guest must not be running, and no access pending."""
+        """All state; the guest must not be running, and no access may be pending."""
 
-    def write_state(self, state: CpuState) -> None:
-        """Push all state; what the model or host refuses is reported once, not lost in silence."""
+    def write_state(self, saved: CpuState) -> None:
+        """Push all state; what is refused is reported once, not lost in silence."""
 
     def interrupt(self, vector: int) -> None:
         """Inject an external interrupt; only when the page says that the guest is ready."""
@@ -224,8 +231,11 @@ class CpuModel(Protocol):
     def nmi(self) -> None:
         """Make an NMI pending."""
 
-    def posted(self) -> Iterable[PostedWrite]:
-        """Take the writes that were batched before the present exit, oldest first."""
+    def has_posted(self) -> bool:
+        """Were writes batched before the present exit?"""
+
+    def posted(self) -> Iterator[PostedWrite]:
+        """Take these writes, oldest first."""
 
     def dump(self) -> str:
         """All registers as text."""

@@ -39,6 +39,7 @@ class GuestError(KvmaioError):
             point past the instruction, depending on the host.
         address: the guest-physical address or port concerned, if there is one.
         dump: a register dump as text.
+        exit: the `kvmaio.exits.VmExit` that could not be served, with its fields.
     """
 
     def __init__(self, message: str, *, address: int | None = None) -> None:
@@ -47,6 +48,7 @@ class GuestError(KvmaioError):
         self.rip: int | None = None
         self.address = address
         self.dump: str = ""
+        self.exit: object | None = None
 
     def __str__(self) -> str:
         where = "" if self.vcpu is None else f" ({self.vcpu}"

@@ -165,6 +165,16 @@ class GuestMemory:
         """Have `check(base, size, what)` refuse a region by raising ConfigurationError."""
         self._check = check
 
+    @staticmethod
+    def check_host_has(size: int) -> None:
+        """Refuse more RAM than the host's own: it would end in the OOM killer, not in an error."""
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > host:
+            raise ConfigurationError(
+                f"{size / (1 << 30):.1f} GiB of guest memory, but this host has only "
+                f"{host / (1 << 30):.1f} GiB; give the machine less memory"
+            )
+
     def close(self) -> None:
         """Forget all regions; host memory goes once the last view of it does."""
         self._watchers.clear()
@@ -187,7 +197,7 @@ class GuestMemory:
             )
         if self._check is not None:
             self._check(base, size, kind)
-        _check_host_has(self.size + size)
+        self.check_host_has(self.size + size)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
             mapping = mmap.mmap(-1, size, flags=flags)
@@ -228,12 +238,3 @@ class GuestMemory:
             f"{size} bytes at {address:#x} are not all in memory; the machine has {have}"
         )
 
-
-def _check_host_has(size: int) -> None:
-    """Refuse more RAM than the host's own: it would end in the OOM killer, not in an error."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > host:
-        raise ConfigurationError(
-            f"{size / (1 << 30):.1f} GiB of guest memory, but this host has only {host / (1 << 30):.1f} GiB; "
-            "give the machine less memory"
-        )

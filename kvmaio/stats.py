@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-__all__ = ["CpuStatistics", "StatisticRow", "Statistics", "stat"]
+if TYPE_CHECKING:
+    from .machine import Machine
+
+__all__ = ["CpuStatistics", "MachineStatistics", "StatisticRow", "Statistics", "stat"]
 
 
 def stat(unit: str, description: str, default: int | None = 0) -> Any:
@@ -73,3 +76,28 @@ class CpuStatistics(Statistics):
         "Count", "instructions over the whole life of the CPU; unknown without a counter", None
     )
     totalOps: int | None = stat("Count", "micro-operations; unknown under KVM", None)
+
+
+class MachineStatistics:
+    """The statistics of a machine's components, by component."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def as_dict(self) -> dict[str, dict[str, int | None]]:
+        """Component -> name -> value, such as ``["cpu0"]["numVMExits"]``."""
+        return {name: group.as_dict() for name, group in self.groups().items()}
+
+    def groups(self) -> dict[str, Statistics]:
+        """The components that count something: vCPUs, and devices with a `stats`."""
+        groups: dict[str, Statistics] = {vcpu.name: vcpu.stats for vcpu in self._machine.vcpus}
+        for name, device in self._machine.devices.items():
+            stats = getattr(device, "stats", None)
+            if isinstance(stats, Statistics):
+                groups[name] = stats
+        return groups
+
+    def reset(self) -> None:
+        """Set every counter back to its start."""
+        for group in self.groups().values():
+            group.reset()

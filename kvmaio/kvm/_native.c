@@ -433,22 +433,26 @@ void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id)
 		send_kick(vcpu->tid);
 }
 
-int kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu, int64_t timeout_ns)
+int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns)
 {
-	if (vcpu->started) {
-		struct timespec until = timespec_of(clock_ns(CLOCK_REALTIME) + timeout_ns);
-		atomic_store(&vcpu->kicked, UINT64_MAX);
-		atomic_store(&vcpu->command, QUIT);
-		futex_wake(&vcpu->command);
-		if (atomic_load(&vcpu->active))
-			send_kick(vcpu->tid);
-		int error = pthread_timedjoin_np(vcpu->thread, NULL, &until);
-		if (error)
-			return -error;
-		vcpu->started = 0;
-	}
+	if (!vcpu->started)
+		return 0;
+	struct timespec until = timespec_of(clock_ns(CLOCK_REALTIME) + timeout_ns);
+	atomic_store(&vcpu->kicked, UINT64_MAX);
+	atomic_store(&vcpu->command, QUIT);
+	futex_wake(&vcpu->command);
+	if (atomic_load(&vcpu->active))
+		send_kick(vcpu->tid);
+	int error = pthread_timedjoin_np(vcpu->thread, NULL, &until);
+	if (error)
+		return -error;
+	vcpu->started = 0;
+	return 0;
+}
+
+void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu)
+{
 	munmap(vcpu->page, vcpu->page_size);
 	close(vcpu->fd);
 	free(vcpu);
-	return 0;
 }

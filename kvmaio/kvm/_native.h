@@ -113,9 +113,11 @@ uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);
 /* Is a run under way, that is: not yet arrived? */
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu);
 
-/* End the thread and free everything. Returns -ETIMEDOUT, and frees nothing,
- * if the thread does not leave KVM_RUN within `timeout_ns`. Afterwards the
- * vCPU must not be in the hub's list: collect first. */
-int kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+/* End the thread. Returns -ETIMEDOUT if it does not leave KVM_RUN in time; it
+ * is then lost, and so is the vCPU. */
+int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+
+/* Free a stopped vCPU. It must not be in the hub's list: collect before. */
+void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
 
 #endif

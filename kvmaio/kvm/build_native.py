@@ -65,7 +65,7 @@ KVM_API_VERSION
 STRUCTURES = """
 struct kvm_userspace_memory_region { uint32_t slot, flags; unsigned long long guest_phys_addr, memory_size, userspace_addr; };
 struct kvm_coalesced_mmio_zone { unsigned long long addr; uint32_t size, pio; ...; };
-struct kvm_coalesced_mmio { unsigned long long phys_addr; uint32_t len; uint8_t data[8]; ...; };
+struct kvm_coalesced_mmio { unsigned long long phys_addr; uint32_t len, pio; uint8_t data[8]; };
 struct kvm_coalesced_mmio_ring { uint32_t first, last; struct kvm_coalesced_mmio coalesced_mmio[]; };
 struct kvm_irq_level { uint32_t irq, level; ...; };
 struct kvm_pit_config { uint32_t flags; ...; };
@@ -181,7 +181,8 @@ int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id);
 uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu);
-int kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
 """
 
 ffibuilder = FFI()
