@@ -1,0 +1,506 @@
+"""`Machine`: the composition root. Memory, buses, interrupt lines, devices, vCPUs, and their runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from .boot.image import BootState, Image
+from .bus import Bus, Unmapped
+from .clock import LoopClock
+from .device import Device
+from .errors import ConfigurationError, HostError
+from .exits import EndRun, Halted, HypercallExit, Outcome, Stopped, VmExit
+from .irq import IrqLine
+from .memory import GuestMemory, parse_size
+from .platform import Platform, open_platform
+from .service import HypercallHandler
+from .stats import MachineStatistics
+from .vcpu import VCpu
+
+if TYPE_CHECKING:
+    from .cpu import CpuModel
+
+__all__ = ["Machine"]
+
+D = TypeVar("D", bound=Device)
+
+LOW_RAM = 3 << 30
+"""RAM above 3 GiB goes on at 4 GiB: what lies between belongs to devices and firmware."""
+
+SETTLE_LIMIT_S = 10.0
+"""A kicked guest leaves within microseconds; this long means that it is stuck."""
+
+POSTED_FLUSH_S = 0.005
+"""Batched writes reach their device within this time, even if the guest makes no exit."""
+
+FIRST_VECTOR = 0x20
+"""Without an interrupt controller, line n injects vector 0x20 + n: the customary set-up."""
+
+IRQCHIPS = (None, "kernel", "split", "devices")
+
+
+class Machine:
+    """A guest machine; an asynchronous context manager.
+
+    ::
+
+        async with Machine(memory="16M") as machine:
+            uart = machine.attach(Uart16550(), pio=0x3F8, irq=4)
+            machine.load(Flat(code, address=0x1000))
+            outcome = await machine.run()
+
+    Args:
+        memory: RAM at address 0, such as ``"64M"`` or a number of bytes. What goes
+            beyond 3 GiB is placed from 4 GiB on.
+        vcpus: how many virtual CPUs.
+        cpu: ``"auto"``, ``"kvm"`` or ``"soft"``.
+        irqchip: None (the engine injects interrupts), ``"kernel"`` (PIC, IOAPIC, local
+            APICs and PIT in KVM), ``"split"`` (local APICs in KVM) or ``"devices"``.
+            With more than one vCPU under KVM, None becomes ``"kernel"``.
+        host_factor: guest cycles per host cycle; above 1 where the host is faster.
+        clock_hz: the guest's clock, in which statistics count cycles.
+        cpuid: ``"host"``, ``"emulator-safe"``, ``"common"``, a table, or None for what
+            suits the loaded image.
+        name: for messages and traces.
+
+    Attributes:
+        memory: the guest's physical memory.
+        pio, mmio: the two buses.
+        vcpus: the virtual CPUs; empty until the machine is entered.
+        clock: guest time.
+
+    Raises:
+        ConfigurationError: an impossible machine.
+        HostError: on entering, when the host refuses.
+    """
+
+    def __init__(
+        self,
+        memory: str | int = "16M",
+        vcpus: int = 1,
+        cpu: str = "auto",
+        irqchip: str | None = None,
+        host_factor: float = 1.0,
+        clock_hz: int = 1_000_000_000,
+        cpuid: Any = None,
+        name: str | None = None,
+    ) -> None:
+        if vcpus < 1:
+            raise ConfigurationError(f"a machine with {vcpus} vCPUs: at least 1")
+        if cpu not in ("auto", "kvm", "soft"):
+            raise ConfigurationError(f'cpu={cpu!r}: "auto", "kvm" and "soft" are possible')
+        if irqchip not in IRQCHIPS:
+            raise ConfigurationError(f"irqchip={irqchip!r}: one of {IRQCHIPS} is possible")
+        if not host_factor > 0:
+            raise ConfigurationError(f"host_factor={host_factor}: must be greater than 0")
+        if not 0 < clock_hz <= 1_000_000_000_000:
+            raise ConfigurationError(f"clock_hz={clock_hz}: must be between 1 and 10^12")
+        self.name = name or "machine"
+        self.memory = GuestMemory()
+        self.pio = Bus("pio", 1 << 16)
+        self.mmio = Bus("mmio", 1 << 52)
+        self.vcpus: list[VCpu] = []
+        self.devices: dict[str, Device] = {}
+        self.stats = MachineStatistics(self)
+        self.irqchip = irqchip
+        self.posted_lock = asyncio.Lock()
+        self.exit_traced: Callable[[VCpu, VmExit], None] | None = None
+        self._cpu = cpu
+        self._vcpu_count = vcpus
+        self._host_factor = host_factor
+        self._clock_hz = clock_hz
+        self._cpuid = cpuid
+        self._hypercall: HypercallHandler | None = None
+        self._lines: dict[int, IrqLine] = {}
+        self._names: Counter[str] = Counter()
+        self._posted: list[tuple[int, int, bool]] = []
+        self._platform: Platform | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._has_run = False
+        self._run_active = False
+        self._ending: Outcome | BaseException | None = None
+        self._over = asyncio.Event()
+        self._build_ram(parse_size(memory))
+
+    def _build_ram(self, size: int) -> None:
+        size = -(-size // 4096) * 4096
+        self.memory.guard(self._refuse_memory_over_devices)
+        self.memory.check_host_has(size)
+        self.memory.add_ram(0, min(size, LOW_RAM))
+        if size > LOW_RAM:
+            self.memory.add_ram(1 << 32, size - LOW_RAM)
+
+    # ---- life ------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._loop is not None:
+            raise ConfigurationError(f"{self.name} was entered before; make a new Machine")
+        self._loop = asyncio.get_running_loop()
+        self.clock = LoopClock(self._loop)
+        if self.irqchip is None and self._vcpu_count > 1:
+            self.irqchip = "kernel"
+        platform = open_platform(self._cpu, self.irqchip)
+        try:
+            platform.attach_memory(self.memory)
+            for model in platform.create_cpus(self._vcpu_count):
+                self.vcpus.append(self._make_vcpu(model))
+            platform.set_cpuid(self._cpuid or "emulator-safe")
+            for zone in self._posted:
+                platform.coalesce(*zone)
+            for number, line in self._lines.items():
+                line.connect(self._irq_sink(platform, number))
+        except BaseException:
+            self._close_cpus()
+            platform.close()
+            self._closed = True
+            raise
+        self._platform = platform
+        for device in self.devices.values():
+            self._give_clock(device)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End everything that belongs to the machine: tasks, threads, descriptors. Idempotent."""
+        if self._closed or self._platform is None:
+            self._closed = True
+            return
+        self._closed = True
+        self._end(Stopped("closed"))
+        try:
+            await self._settle()
+        finally:
+            tasks, self._tasks = self._tasks, []
+            for task in tasks:
+                task.cancel()
+            for device in self.devices.values():
+                device.alarm.disarm()
+            self._close_cpus()
+            self._platform.close()
+            self.memory.close()
+            await _wait_uncancelled(asyncio.gather(*tasks, return_exceptions=True))
+
+    def _close_cpus(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.close()
+
+    def _make_vcpu(self, model: CpuModel) -> VCpu:
+        vcpu = VCpu(
+            len(self.vcpus),
+            model,
+            self.pio,
+            self.mmio,
+            self.clock,
+            self,
+            host_factor=self._host_factor,
+            clock_hz=self._clock_hz,
+        )
+        vcpu.on_hypercall(self._hypercall)
+        return vcpu
+
+    # ---- wiring ----------------------------------------------------------------------
+
+    def attach(
+        self,
+        device: D,
+        *,
+        pio: int | None = None,
+        mmio: int | None = None,
+        irq: int | None = None,
+        name: str | None = None,
+    ) -> D:
+        """Give `device` its addresses, its interrupt line and its clock; returns it.
+
+        Args:
+            pio, mmio: the first port or address.
+            irq: the interrupt line that it drives; lines are shared (wired OR).
+            name: by default its class's name and a number, such as ``debugexit0``.
+
+        Raises:
+            ConfigurationError: the addresses are taken, or the name is.
+        """
+        base_name = type(device).__name__.lower()
+        device.name = name or f"{base_name}{self._names[base_name]}"
+        if device.name in self.devices:
+            raise ConfigurationError(f"there is a device {device.name} already; give it a name")
+        if any(device is other for other in self.devices.values()):
+            raise ConfigurationError(f"{device.name} is attached already")
+        if mmio is not None and (region := self.memory.overlapping(mmio, device.size)):
+            raise ConfigurationError(f"cannot map {device.name} at mmio {mmio:#x}: {region} is there")
+        try:
+            if pio is not None:
+                self.pio.map(device, pio)
+            if mmio is not None:
+                self.mmio.map(device, mmio)
+        except ConfigurationError:
+            self.pio.unmap(device)
+            raise
+        self._names[base_name] += 1
+        self.devices[device.name] = device
+        device.irq.name = f"{device.name}.irq"
+        if irq is not None:
+            device.irq.connect(self.irq(irq).input())
+        self._coalesce_posted(device, pio, is_pio=True)
+        self._coalesce_posted(device, mmio, is_pio=False)
+        if self._loop is not None:
+            self._give_clock(device)
+        if self._has_run:
+            self._start_device(device)
+        return device
+
+    def irq(self, number: int) -> IrqLine:
+        """Interrupt line `number` (a GSI where the irqchip is KVM's)."""
+        line = self._lines.get(number)
+        if line is None:
+            if number < 0:
+                raise ConfigurationError(f"interrupt line {number}: lines are numbered from 0")
+            line = self._lines[number] = IrqLine(f"irq{number}")
+            if self._platform is not None:
+                line.connect(self._irq_sink(self._platform, number))
+        return line
+
+    @property
+    def hypercall(self) -> HypercallHandler | None:
+        """The handler of hypercalls: takes a `HypercallExit`, returns what the guest gets."""
+        return self._hypercall
+
+    @hypercall.setter
+    def hypercall(self, handler: HypercallHandler | None) -> None:
+        self._hypercall = handler
+        for vcpu in self.vcpus:
+            vcpu.on_hypercall(handler)
+
+    def load(self, image: Image) -> BootState:
+        """Place `image` in memory and set the boot CPU's registers to its entry.
+
+        Raises:
+            ConfigurationError: it does not fit; see the image's class.
+        """
+        platform = self._opened()
+        self._check_not_running("load an image")
+        state = image.place(self.memory)
+        if state.platform == "pc":
+            self.pio.unmapped = self.mmio.unmapped = Unmapped.OPEN_BUS
+        if self._cpuid is None and not self._has_run:
+            platform.set_cpuid(state.cpuid)
+        if state.xcr0:
+            platform.enable_xcr0()
+        for vcpu in self.vcpus[1:]:
+            vcpu.reset_registers()
+        self.vcpus[0].load(state.context)
+        return state
+
+    # ---- running ---------------------------------------------------------------------
+
+    async def run(self) -> Outcome:
+        """Run every vCPU until the guest or somebody else ends the run.
+
+        May be called again after it was cancelled or ended.
+
+        Raises:
+            GuestError: the guest did what nothing can answer; the machine can be inspected.
+            HostError: the host refused to run the guest.
+            ConfigurationError: it is running already, or closed.
+            Exception: whatever a device raised, with a note that says where.
+        """
+        self._opened()
+        self._check_not_running("run the machine")
+        for vcpu in self.vcpus:
+            if vcpu.inside:
+                raise ConfigurationError(f"{vcpu.name} is being run by hand")
+        self._start()
+        self._run_active = True
+        try:
+            if self._ending is None:
+                self._over.clear()
+                for vcpu in self.vcpus:
+                    vcpu.activate_if_fresh()
+                    vcpu.allow()
+                self._end_if_halted()
+                await self._over.wait()
+        finally:
+            try:
+                await self._settle()
+            finally:
+                self._run_active = False
+        ending, self._ending = self._ending, None
+        if isinstance(ending, Outcome):
+            return ending
+        assert ending is not None
+        raise ending
+
+    def stop(self, reason: str = "stopped") -> None:
+        """End `run()` with ``Stopped(reason)``; nothing happens if it is not running."""
+        if self._run_active:
+            self._end(Stopped(reason))
+
+    @property
+    def is_running(self) -> bool:
+        """Is `run()` active?"""
+        return self._run_active
+
+    def dump(self) -> str:
+        """The registers of every vCPU as text; no `run()` may be active."""
+        self._check_not_running("read registers")
+        return "\n\n".join(f"{vcpu.name}\n{vcpu.dump()}" for vcpu in self.vcpus)
+
+    # ---- what vCPUs tell (VCpuOwner) -------------------------------------------------
+
+    def check_steppable(self) -> None:
+        self._opened()
+        self._check_not_running("step a vCPU")
+
+    def idle(self, vcpu: VCpu) -> None:
+        self._end_if_halted()
+
+    def ended(self, vcpu: VCpu, outcome: Outcome) -> None:
+        self._end(outcome)
+
+    def failed(self, vcpu: VCpu, error: BaseException) -> None:
+        self._end(error)
+
+    # ---- inside ----------------------------------------------------------------------
+
+    def _opened(self) -> Platform:
+        if self._closed:
+            raise ConfigurationError(f"{self.name} is closed")
+        if self._platform is None:
+            raise ConfigurationError(f'use "async with Machine(...) as {self.name}:" first')
+        return self._platform
+
+    def _check_not_running(self, what: str) -> None:
+        if self._run_active:
+            raise ConfigurationError(f"cannot {what} while {self.name}.run() is active")
+
+    def _start(self) -> None:
+        """Once: the vCPUs' tasks and the devices' own activities."""
+        if self._has_run:
+            return
+        self._has_run = True
+        for vcpu in self.vcpus:
+            self._spawn(vcpu.live(), f"{self.name}.{vcpu.name}")
+        for device in list(self.devices.values()):
+            self._start_device(device)
+        if self._posted:
+            self._spawn(self._flush_posted(), f"{self.name}.posted")
+
+    def _start_device(self, device: Device) -> None:
+        if type(device).run is not Device.run:
+            self._spawn(self._device_activity(device), f"{self.name}.{device.name}")
+
+    def _spawn(self, coroutine: Any, name: str) -> None:
+        assert self._loop is not None
+        self._tasks.append(self._loop.create_task(coroutine, name=name))
+
+    async def _device_activity(self, device: Device) -> None:
+        try:
+            await device.run()
+        except EndRun as end:
+            self._end(end.outcome)
+        except Exception as error:
+            error.add_note(f"in the run() of device {device.name}")
+            self._end(error)
+
+    async def _flush_posted(self) -> None:
+        while True:
+            await asyncio.sleep(POSTED_FLUSH_S)
+            try:
+                await self.vcpus[0].flush_posted()
+            except EndRun as end:
+                self._end(end.outcome)
+            except Exception as error:
+                self._end(error)
+
+    def _end(self, ending: Outcome | BaseException) -> None:
+        """The first end counts; it is kept until a `run()` returns it."""
+        if self._ending is None:
+            self._ending = ending
+        self._over.set()
+        for vcpu in self.vcpus:
+            vcpu.forbid()
+
+    def _end_if_halted(self) -> None:
+        if self._run_active and all(v.halted and not v.can_wake for v in self.vcpus):
+            self._end(Halted())
+
+    async def _settle(self) -> None:
+        """Wait, come what may, until every vCPU has left its guest."""
+        for vcpu in self.vcpus:
+            vcpu.forbid()
+        if any(vcpu.inside for vcpu in self.vcpus):
+            assert self._loop is not None
+            await _wait_uncancelled(self._loop.create_task(self._all_left()))
+
+    async def _all_left(self) -> None:
+        for vcpu in self.vcpus:
+            try:
+                async with asyncio.timeout(SETTLE_LIMIT_S):
+                    await vcpu.left()
+            except TimeoutError:
+                raise HostError("KVM_RUN", 110, f"{vcpu.name} does not leave its guest") from None
+
+    def _irq_sink(self, platform: Platform, number: int) -> Callable[[bool], None]:
+        sink = platform.irq_sink(number)
+        if sink is not None:
+            return sink
+        vector = FIRST_VECTOR + number
+
+        def inject(level: bool) -> None:
+            if level:
+                self.vcpus[0].trigger(vector)
+
+        return inject
+
+    def _coalesce_posted(self, device: Device, base: int | None, *, is_pio: bool) -> None:
+        if base is None:
+            return
+        for register in device.registers:
+            if register.posted:
+                zone = (base + register.offset, register.size, is_pio)
+                self._posted.append(zone)
+                if self._platform is not None:
+                    self._platform.coalesce(*zone)
+
+    def _give_clock(self, device: Device) -> None:
+        device.clock = self.clock
+        device.alarm.use_clock(self.clock)
+
+    def _refuse_memory_over_devices(self, base: int, size: int, what: str) -> None:
+        if (window := self.mmio.overlapping(base, size)) is not None:
+            raise ConfigurationError(f"cannot add {what} at {base:#x}: {window} is there")
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name}: {len(self.vcpus)} vCPUs, {self.memory.size >> 20} MiB>"
+
+
+async def _wait_uncancelled(future: asyncio.Future[Any]) -> None:
+    """Wait for `future` to the end; a cancellation meanwhile is raised afterwards."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError as error:
+            if future.cancelled():
+                break
+            cancelled = error
+        except BaseException:
+            break
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()  # seen
+        raise cancelled
+    if not future.cancelled():
+        future.result()

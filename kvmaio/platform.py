@@ -1,0 +1,64 @@
+"""`Platform`: what a machine needs of the host, and the choice of it.
+
+KVM is one platform; the software CPU is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .cpu import CpuModel
+from .errors import ConfigurationError
+from .memory import GuestMemory
+
+__all__ = ["Platform", "open_platform"]
+
+
+class Platform(Protocol):
+    """A virtual machine's parts that are the host's business."""
+
+    kind: str
+
+    def attach_memory(self, memory: GuestMemory) -> None:
+        """Show the guest this memory, and follow its changes."""
+
+    def create_cpus(self, count: int) -> list[CpuModel]:
+        """Create the CPU models; once."""
+
+    def set_cpuid(self, policy: Any) -> None:
+        """Set what CPUID tells, on every CPU; before the first entry."""
+
+    def enable_xcr0(self) -> None:
+        """Set XCR0 to what the host offers of x87, SSE and AVX, on every CPU."""
+
+    def irq_sink(self, number: int) -> Callable[[bool], None] | None:
+        """What follows interrupt line `number`; None: the engine injects."""
+
+    def coalesce(self, address: int, size: int, is_pio: bool) -> None:
+        """Batch the guest's writes there, where the host can."""
+
+    def close(self) -> None:
+        """Give everything back; the CPU models are closed before."""
+
+
+def open_platform(cpu: str, irqchip: str | None) -> Platform:
+    """The platform for ``Machine(cpu=..., irqchip=...)``.
+
+    Raises:
+        ConfigurationError: there is none here.
+        HostError: ``cpu="kvm"`` and KVM refuses.
+    """
+    from .kvm.host import usable
+    from .kvm.platform import KvmPlatform
+
+    if cpu == "soft":
+        raise ConfigurationError('cpu="soft": this version of kvmaio has no software CPU yet')
+    if irqchip == "devices":
+        raise ConfigurationError(
+            'irqchip="devices" belongs to the software CPU, which this version does not have; '
+            'use irqchip="kernel"'
+        )
+    if cpu == "auto" and (reason := usable()) is not None:
+        raise ConfigurationError(f"no CPU model is usable here. KVM: {reason}")
+    return KvmPlatform(irqchip)

@@ -1,0 +1,232 @@
+"""`Service`: carries an exit to the device, handler or outcome that answers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from .bus import Bus
+from .decode import Reason
+from .dump import format_context
+from .errors import EmulationFailure, GuestError
+from .exits import (
+    EndRun,
+    FailEntryExit,
+    HypercallExit,
+    InternalErrorExit,
+    Shutdown,
+    Stopped,
+    SystemEventExit,
+)
+
+if TYPE_CHECKING:
+    from .vcpu import VCpu
+
+__all__ = ["HypercallHandler", "Service"]
+
+HypercallHandler = Callable[[HypercallExit], "int | Awaitable[int]"]
+"""Answers a hypercall; the result goes to the guest's RAX."""
+
+
+class Service:
+    """Serves the exits of one vCPU. It sets no state itself: that is the vCPU's."""
+
+    def __init__(self, vcpu: VCpu, pio: Bus, mmio: Bus) -> None:
+        self._vcpu = vcpu
+        self._pio = pio
+        self._mmio = mmio
+        self.hypercall: HypercallHandler | None = None
+        # References into the run page, made once: making one costs more than a read through it.
+        page = vcpu.model.page
+        self._page = page
+        self._io = page.io
+        self._mmio_part = page.mmio
+        self._words = vcpu.model.io_words
+        self._mmio_word = vcpu.model.mmio_word
+        self._others: dict[int, Callable[[], Awaitable[None] | None]] = {
+            Reason.HLT: self._halt,
+            Reason.IRQ_WINDOW_OPEN: self._nothing,  # the next entry injects
+            Reason.INTR: self._nothing,
+            Reason.SET_TPR: self._nothing,
+            Reason.IOAPIC_EOI: self._nothing,
+            Reason.HYPERCALL: self._hypercall,
+            Reason.SHUTDOWN: self._shutdown,
+            Reason.SYSTEM_EVENT: self._system_event,
+            Reason.INTERNAL_ERROR: self._internal_error,
+            Reason.FAIL_ENTRY: self._fail_entry,
+        }
+
+    def count(self) -> None:
+        """Count the exit that has just come."""
+        reason = self._page.exit_reason
+        stats = self._vcpu.stats
+        if reason == Reason.IO:
+            stats.numIO += 1
+        elif reason == Reason.MMIO:
+            stats.numMMIO += 1
+        elif reason == Reason.HLT:
+            stats.numHalt += 1
+        elif reason == Reason.HYPERCALL:
+            stats.numHypercalls += 1
+
+    def begin(self) -> Awaitable[None] | None:
+        """Serve the exit: None when it is served, else what to await.
+
+        Raises:
+            GuestError: nothing can answer it.
+            EndRun: it ends the run.
+        """
+        reason = self._page.exit_reason
+        if reason == Reason.IO:
+            return self._serve_io()
+        if reason == Reason.MMIO:
+            return self._serve_mmio()
+        return self._others.get(reason, self._unexpected)()
+
+    async def flush(self, lock: asyncio.Lock) -> None:
+        """Serve the batched writes, in order and undisturbed."""
+        async with lock:
+            for write in self._vcpu.model.posted():
+                self._vcpu.stats.numCoalescedMMIO += 1
+                bus = self._pio if write.is_pio else self._mmio
+                pending = bus.begin_write(write.address, write.size, write.value)
+                if pending is not None:
+                    await pending
+
+    async def posted_first(self, lock: asyncio.Lock) -> None:
+        """Serve the batched writes that came before the exit, then the exit."""
+        await self.flush(lock)
+        pending = self.begin()
+        if pending is not None:
+            await pending
+
+    # ---- accesses -----------------------------------------------------------------
+
+    def _serve_io(self) -> Awaitable[None] | None:
+        io = self._io
+        size = io.size
+        words = self._words[size]
+        first = io.data_offset // size
+        self._vcpu.access_begins()
+        if io.count != 1:
+            return self._serve_string(io.port, size, io.count, io.direction, words, first)
+        if io.direction:
+            return self._pio.begin_write(io.port, size, words[first])
+        value = self._pio.begin_read(io.port, size)
+        if isinstance(value, int):
+            words[first] = value
+            return None
+        return _store(value, words, first)
+
+    async def _serve_string(
+        self, port: int, size: int, count: int, is_write: int, words: Any, first: int
+    ) -> None:
+        """REP INS and OUTS: `count` accesses to one port, in the order of the data."""
+        for index in range(first, first + count):
+            if is_write:
+                pending = self._pio.begin_write(port, size, words[index])
+                if pending is not None:
+                    await pending
+            else:
+                value = self._pio.begin_read(port, size)
+                words[index] = value if isinstance(value, int) else await value
+
+    def _serve_mmio(self) -> Awaitable[None] | None:
+        mmio = self._mmio_part
+        size = mmio.len
+        self._vcpu.access_begins()
+        if mmio.is_write:
+            value = self._mmio_word[0] & ((1 << 8 * size) - 1)
+            return self._mmio.begin_write(mmio.phys_addr, size, value)
+        answer = self._mmio.begin_read(mmio.phys_addr, size)
+        if isinstance(answer, int):
+            self._mmio_word[0] = answer
+            return None
+        return _store(answer, self._mmio_word, 0)
+
+    # ---- everything else -------------------------------------------------------------
+
+    def _nothing(self) -> None:
+        return None
+
+    def _halt(self) -> None:
+        self._vcpu.halt()
+
+    def _hypercall(self) -> Awaitable[None] | None:
+        exit_ = self._vcpu.last_exit()
+        assert isinstance(exit_, HypercallExit)
+        if self.hypercall is None:
+            raise GuestError(
+                f"hypercall {exit_.number:#x}, and nobody answers hypercalls; "
+                "set machine.hypercall to a handler"
+            )
+        result = self.hypercall(exit_)
+        if isinstance(result, int):
+            self._page.hypercall.ret = result & _WORD
+            return None
+        return self._finish_hypercall(result)
+
+    async def _finish_hypercall(self, result: Awaitable[int]) -> None:
+        self._page.hypercall.ret = await result & _WORD
+
+    def _shutdown(self) -> None:
+        raise EndRun(Shutdown(self.describe_registers()))
+
+    def _system_event(self) -> None:
+        exit_ = self._vcpu.last_exit()
+        assert isinstance(exit_, SystemEventExit)
+        if exit_.type == 1:
+            raise EndRun(Stopped("powered off"))
+        if exit_.type == 2:
+            raise EndRun(Stopped("reset"))
+        raise GuestError(f"the guest reported a system event of type {exit_.type} (3 is a crash)")
+
+    def _internal_error(self) -> None:
+        exit_ = self._vcpu.last_exit()
+        assert isinstance(exit_, InternalErrorExit)
+        what = "KVM cannot emulate an instruction" if exit_.suberror == 1 else "KVM internal error"
+        code = exit_.instruction
+        where = f": bytes {code.hex(' ')}" if code else ""
+        raise EmulationFailure(
+            f"{what}{where} (suberror {exit_.suberror})",
+            suberror=exit_.suberror,
+            data=exit_.data,
+            instruction=code,
+        )
+
+    def _fail_entry(self) -> None:
+        exit_ = self._vcpu.last_exit()
+        assert isinstance(exit_, FailEntryExit)
+        raise GuestError(
+            "the hardware refused to enter the guest, reason "
+            f"{exit_.hardware_entry_failure_reason:#x}; its state is impossible, see the dump"
+        )
+
+    def _unexpected(self) -> None:
+        raise GuestError(f"an exit that nothing answers: {self._vcpu.last_exit()}")
+
+    # ---- reports ---------------------------------------------------------------------
+
+    def describe_registers(self) -> str:
+        """A register dump for an error or outcome."""
+        return format_context(self._vcpu.context)
+
+    def describe_exit(self) -> str:
+        """The exit in words, such as ``a write of 1 byte at pio 0x3f8``."""
+        reason = self._page.exit_reason
+        if reason == Reason.IO:
+            kind = "a write to" if self._io.direction else "a read from"
+            return f"{kind} pio {self._io.port:#x} ({self._io.size} bytes)"
+        if reason == Reason.MMIO:
+            kind = "a write to" if self._mmio_part.is_write else "a read from"
+            return f"{kind} mmio {self._mmio_part.phys_addr:#x} ({self._mmio_part.len} bytes)"
+        return str(self._vcpu.last_exit())
+
+
+_WORD = (1 << 64) - 1
+
+
+async def _store(value: Awaitable[int], words: Any, index: int) -> None:
+    words[index] = await value
+

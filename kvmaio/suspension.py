@@ -1,0 +1,46 @@
+"""Drive an awaitable as far as it goes at once, and know whether it really suspended."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Generator
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Suspended", "drive"]
+
+T = TypeVar("T")
+
+
+class Suspended(Generic[T]):
+    """An awaitable that has been started and is waiting for something: await the rest."""
+
+    __slots__ = ("_rest", "_waiting_for")
+
+    def __init__(self, rest: Generator[Any, Any, T], waiting_for: Any) -> None:
+        self._rest = rest
+        self._waiting_for = waiting_for
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        waiting_for = self._waiting_for
+        while True:
+            try:
+                try:
+                    answer = yield waiting_for
+                except BaseException as error:  # a cancellation, mostly: the awaitable's to handle
+                    waiting_for = self._rest.throw(error)
+                else:
+                    waiting_for = self._rest.send(answer)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+
+
+def drive(awaitable: Awaitable[T]) -> T | Suspended[T]:
+    """Start `awaitable`: its result if it never suspends, else the rest of it to await.
+
+    Called within a task, the awaitable runs as a part of that task.
+    """
+    rest = awaitable.__await__()
+    try:
+        waiting_for = next(rest)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    return Suspended(rest, waiting_for)  # type: ignore[arg-type]

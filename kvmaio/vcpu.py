@@ -1,0 +1,595 @@
+"""`VCpu`: the state machine of one virtual CPU and its run loop.
+
+The states and transitions are gem5's (`BaseKvmCPU`)::
+
+                  activate                        exit
+       IDLE ─────────────────► RUNNING ─────────────────► RUNNING_SERVICE
+        ▲  ◄────────────────────  ▲ │ kick, timer                 │
+        │   suspend, halt         │ └──► RUNNING                  │ served
+        │                         │                               ▼
+        │                         ├───────────────────── (plain exits)
+        │                         │ entered
+        │   suspend               │
+        └──────────── RUNNING_SERVICE_COMPLETION ◄─────── (I/O and MMIO)
+                                  │       ▲
+                 handler suspends ▼       │ handler answers
+                          RUNNING_MMIO_PENDING
+
+This module is the only place that changes a vCPU's state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import enum
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from .bus import Bus
+from .clock import Clock
+from .cpu import Context, CpuModel, EntryResult
+from .decode import decode
+from .errors import ConfigurationError, GuestError
+from .exits import EndRun, InterruptedExit, Outcome, VmExit
+from .interrupts import Interrupts
+from .registers_sync import Newer, SyncedContext
+from .service import HypercallHandler, Service
+from .stats import CpuStatistics
+from .suspension import Suspended, drive
+
+__all__ = ["VCpu", "VCpuOwner", "VCpuState", "current_vcpu"]
+
+MAX_ACCESS_PIECES = 64
+"""KVM splits one instruction's access into a few pieces at most."""
+
+HOST_HZ = 2_000_000_000
+"""The host clock that turns measured CPU time into host cycles (gem5's default hostFreq)."""
+
+_current: contextvars.ContextVar[VCpu] = contextvars.ContextVar("kvmaio.current_vcpu")
+
+
+def current_vcpu() -> VCpu:
+    """The vCPU whose access is being served; for device handlers that look at registers.
+
+    Raises:
+        ConfigurationError: called from elsewhere.
+    """
+    try:
+        return _current.get()
+    except LookupError:
+        raise ConfigurationError("no vCPU's access is being served here") from None
+
+
+class VCpuState(enum.Enum):
+    """gem5's states of a KVM CPU."""
+
+    IDLE = "Idle"
+    RUNNING = "Running"
+    RUNNING_SERVICE = "RunningService"
+    RUNNING_SERVICE_COMPLETION = "RunningServiceCompletion"
+    RUNNING_MMIO_PENDING = "RunningMMIOPending"
+
+
+IDLE = VCpuState.IDLE
+RUNNING = VCpuState.RUNNING
+SERVICE = VCpuState.RUNNING_SERVICE
+COMPLETION = VCpuState.RUNNING_SERVICE_COMPLETION
+PENDING = VCpuState.RUNNING_MMIO_PENDING
+
+
+class VCpuOwner(Protocol):
+    """What a vCPU tells the machine it belongs to."""
+
+    posted_lock: asyncio.Lock
+    """Held while batched writes are being served, so that exits stay behind them."""
+
+    exit_traced: Callable[[VCpu, VmExit], None] | None
+    """Called with every exit before it is served, or None."""
+
+    def check_steppable(self) -> None:
+        """Raise ConfigurationError if a vCPU cannot be run by hand now."""
+
+    def idle(self, vcpu: VCpu) -> None:
+        """The vCPU has become idle."""
+
+    def ended(self, vcpu: VCpu, outcome: Outcome) -> None:
+        """The vCPU's guest ended the run."""
+
+    def failed(self, vcpu: VCpu, error: BaseException) -> None:
+        """An exit could not be served, or the host refused to run the guest."""
+
+
+class VCpu:
+    """One virtual CPU.
+
+    Attributes:
+        index: from 0 on; also the KVM vCPU id and the APIC id.
+        name: ``cpu0`` and so on.
+        state: see the module's drawing.
+        stats: counters under gem5's names.
+        halted: it is idle because of HLT.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        model: CpuModel,
+        pio: Bus,
+        mmio: Bus,
+        clock: Clock,
+        owner: VCpuOwner,
+        *,
+        host_factor: float = 1.0,
+        clock_hz: int = 1_000_000_000,
+    ) -> None:
+        self.index = index
+        self.name = f"cpu{index}"
+        self.model = model
+        self.stats = CpuStatistics()
+        self.interrupts = Interrupts()
+        self.halted = False
+        self._state = IDLE
+        self._owner = owner
+        self._clock = clock
+        self._host_factor = host_factor
+        self._period_ns = max(1, 1_000_000_000 // clock_hz)
+        self._clock_hz = clock_hz
+        self._registers = SyncedContext(model)
+        self._service = Service(self, pio, mmio)
+        self._fresh = True  # never activated since reset
+        self._idle_since_ns = clock.now_ns
+        self._allowed = False  # the machine is running
+        self._inside = False  # the model is in the guest, or its result not yet taken
+        self._exit_due = False  # the run page holds an exit that is not served yet
+        self._ticks = 0  # executed by the last entry
+        self._wake = asyncio.Event()
+        self._leave_waiters: list[asyncio.Future[None]] = []
+
+    # ---- what users see -----------------------------------------------------------
+
+    @property
+    def state(self) -> VCpuState:
+        return self._state
+
+    @property
+    def context(self) -> Context:
+        """The registers by name, as plain attributes.
+
+        Raises:
+            ConfigurationError: the guest is running.
+        """
+        return self._registers.get()
+
+    def dump(self) -> str:
+        """All registers as text; the guest must not be running."""
+        if self._inside:
+            raise ConfigurationError(f"{self.name} is running; its registers cannot be read")
+        self._complete_and_push()
+        return self.model.dump()
+
+    async def run(self, ticks: int | None = None) -> VmExit:
+        """Enter the guest once and say why it was left. The exit is not served.
+
+        The next run goes on behind it: a read then gets what lies in the run
+        page. `Machine.run()` serves an exit that is still open.
+
+        Args:
+            ticks: guest nanoseconds to run for, about; None is without limit. 0
+                is a half entry: it completes a pending access and executes
+                nothing. Less than the run timer can keep is raised to that.
+
+        Raises:
+            ConfigurationError: the machine is running, or this vCPU is idle.
+            HostError: the host refused to run the guest.
+        """
+        self._owner.check_steppable()
+        if self._inside:
+            raise ConfigurationError(f"{self.name} is being run already")
+        self.activate_if_fresh()
+        if self._state is IDLE:
+            raise ConfigurationError(f"{self.name} is idle; activate() or wakeup() it first")
+        self._exit_due = False
+        result = await self._enter(self._limit_ns(ticks))
+        if result is EntryResult.EXIT:
+            return decode(self.model.page, self.model.io_words, self._ticks)
+        return InterruptedExit(ticks=self._ticks, timer_expired=result is EntryResult.TIMER)
+
+    def kick(self) -> None:
+        """End the present entry; if there is none, the next one ends at once. Any thread."""
+        self.model.kick()
+
+    def wakeup(self) -> None:
+        """Kick; and activate, if idle."""
+        self.kick()
+        if self._state is IDLE:
+            self.activate()
+
+    def activate(self) -> None:
+        """Idle to Running. The idle time is added to numCycles.
+
+        Raises:
+            ConfigurationError: it is not idle.
+        """
+        if self._state is not IDLE:
+            raise ConfigurationError(f"{self.name} is {self._state.value}, not Idle: it is active")
+        idle_ns = self._clock.now_ns - self._idle_since_ns
+        self.stats.numCycles += idle_ns * self._clock_hz // 1_000_000_000
+        self._fresh = self.halted = False
+        self._state = SERVICE if self._exit_due else RUNNING
+        self._wake.set()
+
+    def suspend(self) -> None:
+        """To Idle, until `activate()` or `wakeup()`; nothing happens if it is idle already.
+
+        An entry that is under way is ended; if it ends with an exit, that is
+        served, and the vCPU stays idle.
+
+        Raises:
+            ConfigurationError: in RunningService or RunningMMIOPending.
+        """
+        if self._state is IDLE:
+            return
+        if self._state is not RUNNING and self._state is not COMPLETION:
+            raise ConfigurationError(
+                f"cannot suspend {self.name} in {self._state.value}; wait until its exit is served"
+            )
+        self._become_idle()
+        self.model.kick_run()
+
+    deallocate = suspend
+
+    async def interrupt(self, vector: int) -> None:
+        """Pend an external interrupt; it is injected as soon as the guest takes one.
+
+        Raises:
+            ConfigurationError: no vector from 0 to 255.
+        """
+        self.interrupts.add(vector)
+        self._attend()
+
+    async def nmi(self) -> None:
+        """Pend a non-maskable interrupt."""
+        self.interrupts.nmi = True
+        self._attend()
+
+    def init(self) -> None:
+        """INIT: reset the registers and wait for a start-up IPI (SDM vol. 3A, 9.4)."""
+        self._must_be_outside("INIT")
+        self.interrupts.clear()
+        self.reset_registers()
+        self._exit_due = False
+        self._become_idle()
+
+    def start_up(self, vector: int) -> None:
+        """The start-up IPI: begin in real mode at address ``vector << 12``.
+
+        Raises:
+            ConfigurationError: no vector from 0 to 255, or the vCPU is not idle.
+        """
+        if not 0 <= vector <= 255:
+            raise ConfigurationError(f"start-up vector {vector}: 0 to 255 are possible")
+        self._must_be_outside("a start-up IPI")
+        context = self.context
+        context.cs.selector = vector << 8
+        context.cs.base = vector << 12
+        context.rip = 0
+        self.activate()
+
+    # ---- what the machine uses ------------------------------------------------------
+
+    async def live(self) -> None:
+        """The vCPU's one task: rests while it may not run, else enters and serves."""
+        _current.set(self)
+        while True:
+            try:
+                while self._allowed:
+                    if self._exit_due:
+                        pending = self._begin_service()
+                        if pending is not None:
+                            await self._finish_service(pending)
+                        self._exit_due = False
+                        if self._state is SERVICE:
+                            self._state = RUNNING
+                    elif self._state is IDLE:
+                        break
+                    else:
+                        await self._enter(None)
+            except EndRun as end:
+                self._served_by_ending()
+                self._owner.ended(self, end.outcome)
+            except Exception as error:
+                if self._state is not IDLE and self._exit_due:
+                    self._state = SERVICE
+                self._allowed = False
+                self._explain(error)
+                self._owner.failed(self, error)
+            await self._rest()
+
+    def allow(self) -> None:
+        """Let the run loop run."""
+        self._allowed = True
+        self._wake.set()
+
+    def forbid(self) -> None:
+        """Have the run loop rest as soon as it can; see `left()`."""
+        self._allowed = False
+        self.model.kick_run()
+
+    async def left(self) -> None:
+        """Wait until the guest has been left. A suspended handler is not waited for."""
+        while self._inside:
+            waiter = asyncio.get_running_loop().create_future()
+            self._leave_waiters.append(waiter)
+            await waiter
+
+    @property
+    def can_wake(self) -> bool:
+        """Idle, but something may still wake it: it takes interrupts, or was suspended."""
+        if not self.halted:
+            return True
+        return bool(self.model.page.if_flag) or self.interrupts.nmi
+
+    @property
+    def inside(self) -> bool:
+        """Is the guest being executed?"""
+        return self._inside
+
+    def activate_if_fresh(self) -> None:
+        """Activate a vCPU that has not been active since its reset."""
+        if self._fresh:
+            self.activate()
+
+    def reset_registers(self) -> None:
+        """Set the registers to what they are after power-on; the vCPU is fresh again."""
+        self._must_be_outside("a reset")
+        self.load(Context())
+
+    def load(self, context: Context) -> None:
+        """Take over `context` whole; the vCPU is fresh and idle."""
+        self._must_be_outside("a load")
+        self._exit_due = False
+        self._abandon_access()
+        self._registers.replace(context)
+        self._become_idle()
+        self._fresh = True
+        self.halted = False
+
+    def last_exit(self) -> VmExit:
+        """The exit that the run page holds, as a typed value."""
+        return decode(self.model.page, self.model.io_words, self._ticks)
+
+    async def flush_posted(self) -> None:
+        """Serve writes that lie in the ring while no exit comes."""
+        if self.model.has_posted():
+            await self._service.flush(self._owner.posted_lock)
+
+    def on_hypercall(self, handler: HypercallHandler | None) -> None:
+        """Have `handler` answer hypercalls."""
+        self._service.hypercall = handler
+
+    def trigger(self, vector: int) -> None:
+        """`interrupt()` for callers that are no coroutines."""
+        self.interrupts.add(vector)
+        self._attend()
+
+    def close(self) -> None:
+        """End the model's thread. Idempotent."""
+        self.model.close()
+
+    # ---- entering -----------------------------------------------------------------
+
+    def _limit_ns(self, ticks: int | None) -> int | None:
+        if not ticks:
+            return ticks
+        if ticks < 0:
+            raise ConfigurationError(f"a run of {ticks} ticks: 0 or more")
+        return max(self.model.resolution_ns, int(ticks / self._host_factor))
+
+    async def _enter(self, limit_ns: int | None) -> EntryResult:
+        """One entry: sync, inject, run, account."""
+        result = self._before_entry()
+        if result is not None:
+            self._account(result, half=True)
+        else:
+            self._inside = True
+            self._registers.locked = _LOCKED
+            try:
+                result = self.model.enter(limit_ns)
+                if result is None:
+                    result = await self._arrival()
+            finally:
+                self._inside = False
+                self._registers.locked = None
+                if self._leave_waiters:
+                    self._tell_leave_waiters()
+            self._registers.entered()
+            self._account(result, half=limit_ns == 0)
+        return result
+
+    async def _arrival(self) -> EntryResult:
+        try:
+            return await self.model.left()
+        except asyncio.CancelledError:
+            # Nobody may walk away from a guest that still runs: end the entry first.
+            self.model.kick_run()
+            while True:
+                try:
+                    result = await self.model.left()
+                except asyncio.CancelledError:
+                    continue
+                break
+            self._registers.entered()
+            self._account(result, half=False)
+            raise
+
+    def _before_entry(self) -> EntryResult | None:
+        """Sync and inject. A result means that completing an access led to another exit."""
+        registers = self._registers
+        if registers.newer is Newer.CONTEXT:
+            if registers.access_pending:
+                # Now, or pushing the registers would lose the data of a pending read.
+                if self.model.half_entry() is EntryResult.EXIT:
+                    registers.access_continued()
+                    return EntryResult.EXIT
+                self._count_half_entry()
+                registers.access_pending = False
+            registers.push()
+        if self.interrupts.need_attention:
+            self._inject()
+        return None
+
+    def _inject(self) -> None:
+        """At most one per entry; what the guest cannot take yet asks for a window."""
+        interrupts, model = self.interrupts, self.model
+        page = model.page
+        page.request_interrupt_window = 0
+        interrupts.window_requested = False
+        if interrupts.nmi:
+            interrupts.nmi = False
+            model.nmi()
+            self.stats.numInterrupts += 1
+        elif interrupts.maskable and page.ready_for_interrupt_injection:
+            model.interrupt(interrupts.take())
+            self.stats.numInterrupts += 1
+        if interrupts.maskable:
+            page.request_interrupt_window = 1
+            interrupts.window_requested = True
+
+    def _account(self, result: EntryResult, *, half: bool) -> None:
+        """Book the entry that has just ended, and change the state by its result."""
+        stats = self.stats
+        stats.numVMExits += 1
+        executed_ns = self.model.executed_ns
+        if half:
+            stats.numVMHalfEntries += 1
+            self._ticks = self._period_ns
+        else:
+            self._ticks = int(executed_ns * self._host_factor)
+        stats.numCycles += int(executed_ns * self._host_factor * HOST_HZ) // 1_000_000_000
+        if result is EntryResult.EXIT:
+            self._exit_due = True
+            self._service.count()
+            if self._state is not IDLE:
+                self._state = SERVICE
+        else:
+            stats.numExitSignal += 1
+            if self._state is not IDLE:
+                self._state = RUNNING
+
+    def _count_half_entry(self) -> None:
+        self.stats.numVMExits += 1
+        self.stats.numVMHalfEntries += 1
+
+    def _abandon_access(self) -> None:
+        """Have KVM forget a pending access, or it would write its data into the new state."""
+        pieces = 0
+        while self._registers.access_pending and pieces < MAX_ACCESS_PIECES:
+            self._registers.access_pending = self.model.half_entry() is EntryResult.EXIT
+            self._count_half_entry()
+            pieces += 1
+        self._registers.access_pending = False
+
+    def _complete_and_push(self) -> None:
+        """Bring the model's registers up to date, for somebody who looks at the model."""
+        registers = self._registers
+        if registers.newer is Newer.CONTEXT and not registers.access_pending:
+            registers.push()
+
+    # ---- serving --------------------------------------------------------------------
+
+    def _begin_service(self) -> Awaitable[None] | None:
+        """Serve the exit due: None when it is done, else what to await."""
+        if self._owner.exit_traced is not None:
+            self._owner.exit_traced(self, self.last_exit())
+        if self.model.has_posted() or self._owner.posted_lock.locked():
+            return self._service.posted_first(self._owner.posted_lock)
+        return self._service.begin()
+
+    async def _finish_service(self, pending: Awaitable[None]) -> None:
+        rest = drive(pending)
+        if not isinstance(rest, Suspended):
+            return
+        before = self._state
+        if before is not IDLE:
+            self._state = PENDING
+        await rest
+        if self._state is PENDING:
+            self._state = before
+
+    def access_begins(self) -> None:
+        """Called by the service: an I/O or MMIO access goes to a device.
+
+        The state changes before the handler runs, so that it may suspend the vCPU.
+        """
+        self._registers.access_pending = True
+        if self._state is not IDLE:
+            self._state = COMPLETION
+
+    def halt(self) -> None:
+        """HLT, or the host's wish: to Idle until an interrupt or `wakeup()`.
+
+        The time until then counts as cycles, as does any idle time.
+        """
+        self.halted = True
+        if self._state is not IDLE:
+            self._become_idle()
+        if self.interrupts.nmi or (self.interrupts.maskable and self.can_wake):
+            self.activate()
+        else:
+            self._owner.idle(self)
+
+    def _served_by_ending(self) -> None:
+        """A device's access that ended the run is served; a shutdown stays, and ends the next."""
+        if self._registers.access_pending:
+            self._exit_due = False
+        if self._state is PENDING:
+            self._state = COMPLETION
+
+    def _explain(self, error: BaseException) -> None:
+        """Attach where it happened: the vCPU, the instruction, the registers."""
+        try:
+            dump = self._service.describe_registers()
+            rip: int | None = self.context.rip
+        except Exception as problem:  # the report must not hide what it reports
+            dump, rip = f"(the registers could not be read: {problem})", None
+        if isinstance(error, GuestError):
+            error.vcpu, error.rip, error.dump = self.name, rip, dump
+            error.exit = self.last_exit() if self._exit_due else None
+        elif self._exit_due:
+            error.add_note(f"while {self.name} waited for {self._service.describe_exit()}\n{dump}")
+
+    # ---- resting --------------------------------------------------------------------
+
+    async def _rest(self) -> None:
+        while not self._allowed or (self._state is IDLE and not self._exit_due):
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _become_idle(self) -> None:
+        self._state = IDLE
+        self._idle_since_ns = self._clock.now_ns
+
+    def _attend(self) -> None:
+        """Something is to be delivered: wake a halted guest, interrupt a running one."""
+        if self.halted and self._state is IDLE:
+            if self.can_wake:
+                self.activate()
+        else:
+            self.model.kick_run()
+
+    def _tell_leave_waiters(self) -> None:
+        waiters, self._leave_waiters = self._leave_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _must_be_outside(self, what: str) -> None:
+        if self._inside:
+            raise ConfigurationError(f"{what} needs {self.name} to be outside of its guest")
+
+    def __repr__(self) -> str:
+        return f"<VCpu {self.name} {self._state.value}>"
+
+
+_LOCKED = "the guest is running; wait for run() to end before looking at its registers"
