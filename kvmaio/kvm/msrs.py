@@ -11,10 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from ._native import ffi, lib
 from .gate import check
 
-__all__ = ["describe_msrs", "get_msrs", "set_msrs"]
+__all__ = ["MTRRS", "describe_msrs", "get_msrs", "set_msrs"]
 
 MSR_IA32_TSC = 0x10
 MSR_IA32_TSC_DEADLINE = 0x6E0
+
+# State that KVM keeps but leaves out of its list: the memory type ranges, variable (8 pairs),
+# fixed, and the default (SDM vol. 3A, 12.11). Firmware sets them and kernels compare them.
+MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
 _AT_MOST = 256  # entries in one call (MAX_IO_MSRS in the kernel)
 

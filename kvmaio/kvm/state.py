@@ -19,7 +19,7 @@ from .context import context_from, fill, get_context, read_context, set_context,
 from .cpuid import CpuidEntry, read_entries, write_entries
 from .gate import check
 from .host import Kvm
-from .msrs import describe_msrs, get_msrs, set_msrs
+from .msrs import MTRRS, describe_msrs, get_msrs, set_msrs
 
 __all__ = [
     "context_from",
@@ -239,7 +239,7 @@ def get_state(kvm: Kvm, vm: HasCapabilities, fd: int) -> CpuState:
     if vm.capability(lib.KVM_CAP_DEBUGREGS):
         state.debug_registers = get_debug_registers(fd)
     state.lapic = get_lapic(fd)
-    state.msrs = get_msrs(fd, kvm.msr_indices())
+    state.msrs = get_msrs(fd, dict.fromkeys((*kvm.msr_indices(), *MTRRS)))
     state.events = get_events(fd)
     return state
 
