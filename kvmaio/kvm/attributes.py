@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TYPE_CHECKING
 
 from ._native import ffi, lib
 from .gate import check
+
+if TYPE_CHECKING:
+    from ._native import CData
 
 __all__ = ["DeviceAttributes"]
 
@@ -49,9 +53,7 @@ class DeviceAttributes:
             os.close(self.fd)
             self.fd = -1
 
-    def _call(
-        self, operation: str, request: int, group: int, attribute: int, data: ffi.CData
-    ) -> None:
+    def _call(self, operation: str, request: int, group: int, attribute: int, data: CData) -> None:
         entry = ffi.new(
             "struct kvm_device_attr *",
             {"group": group, "attr": attribute, "addr": int(ffi.cast("uintptr_t", data))},

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cpu import CONTROL, GENERAL, SEGMENTS, TABLES, Context
 from ..errors import ConfigurationError
 from ._native import ffi, lib
 from .gate import check
+
+if TYPE_CHECKING:
+    from ._native import CData
 
 __all__ = ["context_from", "fill", "get_context", "read_context", "set_context", "store"]
 
@@ -76,7 +79,7 @@ def set_context(fd: int, context: Context) -> None:
     check(lib.kvmaio_ioctl(fd, lib.KVM_SET_REGS, regs), "KVM_SET_REGS")
 
 
-def _set_sregs_classic(fd: int, context: Context, regs: ffi.CData) -> None:
+def _set_sregs_classic(fd: int, context: Context, regs: CData) -> None:
     sregs = ffi.new("struct kvm_sregs *")
     # Read first: kvm_sregs carries the queued interrupt, too.
     check(lib.kvmaio_ioctl(fd, lib.KVM_GET_SREGS, sregs), "KVM_GET_SREGS")
@@ -84,7 +87,7 @@ def _set_sregs_classic(fd: int, context: Context, regs: ffi.CData) -> None:
     check(lib.kvmaio_ioctl(fd, lib.KVM_SET_SREGS, sregs), "KVM_SET_SREGS")
 
 
-def _paging_of(sregs: ffi.CData) -> tuple[int, ...]:
+def _paging_of(sregs: CData) -> tuple[int, ...]:
     return (
         sregs.cr3,
         sregs.cr0 & _CR0_PE_PG,
@@ -96,14 +99,14 @@ def _paging_of(sregs: ffi.CData) -> tuple[int, ...]:
 # ---- between a context and the kernel's structures -----------------------------------
 
 
-def context_from(regs: ffi.CData, sregs: ffi.CData) -> Context:
+def context_from(regs: CData, sregs: CData) -> Context:
     """A new context with what a kvm_regs and a kvm_sregs or kvm_sregs2 hold."""
     context = Context()
     fill(context, regs, sregs)
     return context
 
 
-def fill(context: Context, regs: ffi.CData, sregs: ffi.CData) -> None:
+def fill(context: Context, regs: CData, sregs: CData) -> None:
     """Bring `context` up to date from kvm_regs and kvm_sregs(2), such as the run page's.
 
     Its owner is not told: this is what it owns the context for.
@@ -124,7 +127,7 @@ def fill(context: Context, regs: ffi.CData, sregs: ffi.CData) -> None:
         put(context, name, next(values))
 
 
-def store(context: Context, regs: ffi.CData, sregs: ffi.CData) -> None:
+def store(context: Context, regs: CData, sregs: CData) -> None:
     """Write `context` into kvm_regs and kvm_sregs(2); what else there is in them is kept.
 
     Raises:
@@ -146,7 +149,7 @@ def store(context: Context, regs: ffi.CData, sregs: ffi.CData) -> None:
         raise _misfit(context) from None
 
 
-def _memory(structure: ffi.CData) -> Any:
+def _memory(structure: CData) -> Any:
     """The bytes of a structure, given itself or a pointer to it."""
     kind = ffi.typeof(structure).kind
     return ffi.buffer(structure if kind == "pointer" else ffi.addressof(structure))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import heapq
-from typing import Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -12,6 +12,9 @@ from ..errors import ConfigurationError
 from ..memory import MemoryRegion
 from ._native import ffi, lib
 from .gate import check
+
+if TYPE_CHECKING:
+    from ._native import CData
 
 __all__ = ["PRIVATE_PAGES", "MemorySlots"]
 
@@ -25,7 +28,7 @@ class _Slot:
     region: MemoryRegion
     flags: int
     # Keeps the mapping from being unmapped or resized while the guest can reach it.
-    buffer: Any
+    buffer: CData
 
 
 class MemorySlots:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..cpu import CpuState
 from ..errors import ConfigurationError, HostError
@@ -20,6 +20,9 @@ from .cpuid import CpuidEntry, read_entries, write_entries
 from .gate import check
 from .host import Kvm
 from .msrs import MTRRS, describe_msrs, get_msrs, set_msrs
+
+if TYPE_CHECKING:
+    from ._native import CData
 
 __all__ = [
     "context_from",
@@ -202,7 +205,7 @@ def _one_reg_size(register: int) -> int:
     return 1 << (register >> 52 & 0xF)
 
 
-def _one_reg(register: int, data: ffi.CData) -> ffi.CData:
+def _one_reg(register: int, data: CData) -> CData:
     address = int(ffi.cast("uintptr_t", data))
     return ffi.new("struct kvm_one_reg *", {"id": register, "addr": address})
 

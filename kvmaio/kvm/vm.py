@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -21,6 +21,9 @@ from .attributes import DeviceAttributes
 from .gate import check
 from .host import Kvm
 from .slots import PRIVATE_PAGES, MemorySlots
+
+if TYPE_CHECKING:
+    from ._native import CData
 
 __all__ = ["IrqchipRoute", "KvmVm", "MsiRoute"]
 
@@ -343,7 +346,7 @@ class KvmVm:
 
     # ---- helpers ------------------------------------------------------------------------
 
-    def _ioctl(self, operation: str, request: int, argument: ffi.CData) -> int:
+    def _ioctl(self, operation: str, request: int, argument: CData) -> int:
         return check(lib.kvmaio_ioctl(self.fd, request, argument), operation)
 
     def _ioctl_value(self, operation: str, request: int, value: int) -> int:
