@@ -1,47 +1,16 @@
 #define _GNU_SOURCE
-#include "_native.h"
+#include "_internal.h"
 
-#include <errno.h>
-#include <linux/futex.h>
-#include <signal.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-/* glibc keeps the first real-time signals for itself; SIGRTMIN is the first free one. */
-#define KICK_SIGNAL SIGRTMIN
 #define STACK_SIZE (128 * 1024)
-#define NS_PER_S 1000000000ll
 
 enum command { IDLE, GO, QUIT };
 
-/* ---- small helpers -------------------------------------------------------- */
-
-static int64_t clock_ns(clockid_t clock)
-{
-	struct timespec now;
-	clock_gettime(clock, &now);
-	return now.tv_sec * NS_PER_S + now.tv_nsec;
-}
-
-static struct timespec timespec_of(int64_t ns)
-{
-	return (struct timespec){ .tv_sec = ns / NS_PER_S, .tv_nsec = ns % NS_PER_S };
-}
-
-static void futex_wait(_Atomic uint32_t *word, uint32_t expected, const struct timespec *timeout)
-{
-	syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, timeout, NULL, 0);
-}
-
-static void futex_wake(_Atomic uint32_t *word)
-{
-	syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-}
+/* ---- plain system calls ------------------------------------------------------ */
 
 int kvmaio_ioctl(int fd, unsigned long request, void *argument)
 {
@@ -59,21 +28,31 @@ int kvmaio_ioctl_value(int fd, unsigned long request, unsigned long value)
 
 /* ---- the kick signal -------------------------------------------------------
  *
- * The vCPU's thread keeps the signal blocked; KVM_SET_SIGNAL_MASK unblocks it
- * inside KVM_RUN only. A signal that comes earlier stays pending and makes the
- * next KVM_RUN return at once, so there is no moment at which it can be lost,
- * and the handler never runs: it is there because an ignored signal would not
- * interrupt KVM_RUN.
+ * A vCPU's native thread keeps the signal blocked; KVM_SET_SIGNAL_MASK unblocks
+ * it inside KVM_RUN only. A signal that comes earlier stays pending and makes
+ * the next KVM_RUN return at once, so there is no moment at which it can be
+ * lost, and the handler never runs there.
+ *
+ * The loop's thread is the program's: its mask is left alone. There the handler
+ * runs, and sets `immediate_exit` on the vCPU that this thread is about to
+ * enter or is in, which closes the same gap: KVM looks at it on every entry.
  */
+
+_Thread_local kvmaio_vcpu *volatile kvmaio_here __attribute__((tls_model("initial-exec")));
 
 static void on_kick(int signal)
 {
 	(void)signal;
+	kvmaio_vcpu *vcpu = kvmaio_here;
+	if (vcpu)
+		*(volatile uint8_t *)&vcpu->page->immediate_exit = 1;
 }
 
 int kvmaio_init(void)
 {
-	struct sigaction action = { .sa_handler = on_kick }; /* no SA_RESTART: KVM_RUN must return */
+	/* SA_RESTART does not hold KVM_RUN back, which returns EINTR by itself; it spares
+	 * the program's other system calls. */
+	struct sigaction action = { .sa_handler = on_kick, .sa_flags = SA_RESTART | SA_ONSTACK };
 	sigemptyset(&action.sa_mask);
 	if (sigaction(KICK_SIGNAL, &action, NULL) < 0)
 		return -errno;
@@ -96,7 +75,7 @@ static void discard_pending_signal(void)
 		;
 }
 
-static void send_kick(pid_t tid)
+void kvmaio_send_kick(pid_t tid)
 {
 	/* Real-time signals queue, and the user's queue may be full for a moment. */
 	for (int tries = 0; tries < 1000; tries++) {
@@ -107,7 +86,7 @@ static void send_kick(pid_t tid)
 	}
 }
 
-static int set_signal_mask(int vcpu_fd)
+int kvmaio_set_signal_mask(int vcpu_fd)
 {
 	struct {
 		struct kvm_signal_mask header;
@@ -193,33 +172,13 @@ int kvmaio_hub_collect(kvmaio_hub *hub, uint32_t *tags, int capacity)
 
 /* ---- running ------------------------------------------------------------------ */
 
-static void arm_timer(kvmaio_vcpu *vcpu, int64_t deadline_ns)
-{
-	/* An absolute zero would disarm; a past deadline fires at once. */
-	struct itimerspec at = { .it_value = timespec_of(deadline_ns > 0 ? deadline_ns : 1) };
-	timer_settime(vcpu->timer, TIMER_ABSTIME, &at, NULL);
-}
-
-static void disarm_timer(kvmaio_vcpu *vcpu)
-{
-	const struct itimerspec never = { 0 };
-	timer_settime(vcpu->timer, 0, &never, NULL);
-}
-
 static int create_timer(kvmaio_vcpu *vcpu)
 {
-	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = KICK_SIGNAL };
 	if (vcpu->has_timer)
 		return 0;
-#ifdef sigev_notify_thread_id
-	event.sigev_notify_thread_id = vcpu->tid;
-#else
-	event._sigev_un._tid = vcpu->tid;
-#endif
-	if (timer_create(CLOCK_MONOTONIC, &event, &vcpu->timer) < 0)
-		return -errno;
-	vcpu->has_timer = 1;
-	return 0;
+	int error = create_thread_timer(vcpu->tid, &vcpu->timer);
+	vcpu->has_timer = !error;
+	return error;
 }
 
 /* One run, on the vCPU's thread.
@@ -251,7 +210,7 @@ static void execute(kvmaio_vcpu *vcpu)
 	int timed = vcpu->limit_ns > 0 && !half;
 	if (timed) {
 		deadline_ns = clock_ns(CLOCK_MONOTONIC) + vcpu->limit_ns;
-		arm_timer(vcpu, deadline_ns);
+		arm_timer(vcpu->timer, deadline_ns);
 	}
 	page->immediate_exit = half;
 	for (;;) {
@@ -284,7 +243,7 @@ static void execute(kvmaio_vcpu *vcpu)
 	page->immediate_exit = 0;
 	atomic_store(&vcpu->active, 0);
 	if (timed) {
-		disarm_timer(vcpu);
+		disarm_timer(vcpu->timer);
 		discard_pending_signal();
 	}
 	vcpu->executed_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
@@ -344,7 +303,7 @@ int kvmaio_vcpu_create(kvmaio_hub *hub, int vm_fd, unsigned long id, size_t page
 		return error;
 	}
 	void *page = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
-	int error = page == MAP_FAILED ? -errno : set_signal_mask(vcpu->fd);
+	int error = page == MAP_FAILED ? -errno : kvmaio_set_signal_mask(vcpu->fd);
 	if (error) {
 		if (page != MAP_FAILED)
 			munmap(page, page_size);
@@ -382,6 +341,15 @@ int kvmaio_vcpu_start(kvmaio_vcpu *vcpu)
 	return 0;
 }
 
+void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu)
+{
+	vcpu->limit_ns = -1;
+	vcpu->in_place = 0;
+	atomic_store(&vcpu->command, GO);
+	if (atomic_load(&vcpu->asleep))
+		futex_wake(&vcpu->command);
+}
+
 static void submit(kvmaio_vcpu *vcpu, int64_t limit_ns, int in_place)
 {
 	vcpu->run_id++;
@@ -414,12 +382,21 @@ int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns)
 
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu)
 {
+	if (vcpu->resident)
+		return vcpu->resident_run;
 	return atomic_load(&vcpu->command) == GO;
 }
 
 uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu)
 {
 	return kvmaio_vcpu_is_running(vcpu) ? vcpu->run_id : vcpu->run_id + 1;
+}
+
+static void send_to_runner(kvmaio_vcpu *vcpu)
+{
+	/* A vCPU may move just now: then it begins there with a look at `kicked`. */
+	struct kvmaio_resident *resident = atomic_load(&vcpu->resident);
+	kvmaio_send_kick(resident ? resident->tid : vcpu->tid);
 }
 
 void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id)
@@ -430,7 +407,7 @@ void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id)
 			return; /* one signal a run is enough: they queue */
 	while (!atomic_compare_exchange_weak(&vcpu->kicked, &kicked, run_id));
 	if (atomic_load(&vcpu->active) == run_id)
-		send_kick(vcpu->tid);
+		send_to_runner(vcpu);
 }
 
 int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns)
@@ -442,7 +419,7 @@ int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns)
 	atomic_store(&vcpu->command, QUIT);
 	futex_wake(&vcpu->command);
 	if (atomic_load(&vcpu->active))
-		send_kick(vcpu->tid);
+		kvmaio_send_kick(vcpu->tid);
 	int error = pthread_timedjoin_np(vcpu->thread, NULL, &until);
 	if (error)
 		return -error;

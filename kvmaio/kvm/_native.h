@@ -20,6 +20,7 @@ enum kvmaio_outcome {
 	KVMAIO_EXIT = 0,        /* the run page describes an exit */
 	KVMAIO_INTERRUPTED = 1, /* kicked, or a half entry: the run page is stale */
 	KVMAIO_TIMER = 2,       /* the time limit was reached: the run page is stale */
+	KVMAIO_LATER = 3,       /* resident only: the run goes on, the loop has a turn first */
 };
 
 /* ---- plain system calls ------------------------------------------------- */
@@ -77,6 +78,9 @@ typedef struct kvmaio_vcpu {
 	_Atomic uint64_t active; /* the run id inside KVM_RUN, 0 outside */
 	_Atomic uint64_t kicked; /* runs up to this id are to end */
 
+	_Atomic(struct kvmaio_resident *) resident; /* whose thread runs it; NULL: its own */
+	int resident_run;                 /* a run has begun there and not ended */
+
 	struct kvmaio_vcpu *next; /* in the hub's list */
 	kvmaio_hub *hub;
 	pthread_t thread;
@@ -119,5 +123,70 @@ int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 
 /* Free a stopped vCPU. It must not be in the hub's list: collect before. */
 void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
+
+/* ---- a resident vCPU: run by the loop's own thread ---------------------------
+ *
+ * A vCPU that exits often lives on the loop's thread: an exit then costs no
+ * change of threads. The loop's wait is the guest's run. The vCPU's native
+ * thread stays parked meanwhile. All functions: the loop's thread only.
+ */
+
+typedef struct kvmaio_resident {
+	kvmaio_hub *hub;
+	pid_t tid;
+	timer_t timer;
+
+	int64_t budget_ns;     /* exits are answered back to back for so long */
+	int64_t budget_end_ns; /* of the present budget; 0: none */
+	int64_t slice_ns;      /* a run without a watcher */
+	int hits;              /* exits within the present budget */
+	int misses;            /* budgets in a row in which no exit came */
+	unsigned tries;
+
+	/* The watcher: polls the loop's descriptors while the guest runs. */
+	int poll_fd; /* the loop's epoll descriptor, or -1: no watcher */
+	int quit_fd;
+	pthread_t watcher;
+	_Atomic(kvmaio_vcpu *) current __attribute__((aligned(64)));
+	_Atomic uint32_t watching __attribute__((aligned(64)));
+
+	uint64_t waits, inlined, armed, fired, kicks, slices;
+} kvmaio_resident;
+
+/* poll_fd: the loop's epoll descriptor, or -1 to run in slices without a watcher. */
+int kvmaio_resident_create(kvmaio_hub *hub, int poll_fd, int64_t budget_ns, int64_t slice_ns,
+			   kvmaio_resident **out);
+
+/* No vCPU may be adopted any more. */
+void kvmaio_resident_destroy(kvmaio_resident *resident);
+
+/* Take a vCPU whose last run has arrived onto the loop's thread. */
+int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+
+/* Give it back to its native thread; a run that has not ended goes on there, under
+ * the same id, so that no kick meant for it is lost. */
+int kvmaio_resident_release(kvmaio_vcpu *vcpu);
+
+/* Begin a run; within the budget, enter the guest at once. KVMAIO_LATER: no
+ * budget, or it is used up, or others wait: call kvmaio_resident_wait when the
+ * loop has nothing else to do. */
+int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+
+/* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC; 0: none):
+ * run the guest until it exits, a descriptor of the loop is ready, a signal
+ * comes, or the deadline. KVMAIO_LATER in the last three cases. */
+int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
+
+/* A half entry on this thread; the outcome. */
+int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
+
+/* The run's time limit has passed: it ends with KVMAIO_TIMER. */
+int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
+
+/* ---- measuring -------------------------------------------------------------- */
+
+/* On a throw-away VM: what one exit costs, and what KVM_RUN on another thread
+ * than last time costs more. Any thread; takes 5 to 60 ms. */
+int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 
 #endif

@@ -162,6 +162,7 @@ CORE = """
 #define KVMAIO_EXIT ...
 #define KVMAIO_INTERRUPTED ...
 #define KVMAIO_TIMER ...
+#define KVMAIO_LATER ...
 typedef struct kvmaio_hub { int fd; uint64_t wakeups; ...; } kvmaio_hub;
 typedef struct kvmaio_vcpu {
     int fd; struct kvm_run *page; size_t page_size; int outcome; int64_t executed_ns;
@@ -183,6 +184,19 @@ uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
+typedef struct kvmaio_resident {
+    int64_t budget_ns, slice_ns; uint64_t waits, inlined, armed, fired, kicks, slices; ...;
+} kvmaio_resident;
+int kvmaio_resident_create(kvmaio_hub *hub, int poll_fd, int64_t budget_ns, int64_t slice_ns,
+                           kvmaio_resident **out);
+void kvmaio_resident_destroy(kvmaio_resident *resident);
+int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+int kvmaio_resident_release(kvmaio_vcpu *vcpu);
+int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
+int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
+int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
+int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 """
 
 ffibuilder = FFI()
@@ -194,9 +208,11 @@ ffibuilder.cdef(
 ffibuilder.set_source(
     "kvmaio.kvm._native",
     '#include "_native.h"',
-    sources=[os.path.relpath(HERE / "_native.c")],
+    sources=[
+        os.path.relpath(HERE / name) for name in ("_native.c", "_resident.c", "_measure.c")
+    ],
     include_dirs=[str(HERE)],
-    depends=[str(HERE / "_native.h")],
+    depends=[str(HERE / "_native.h"), str(HERE / "_internal.h")],
     extra_compile_args=["-O2", "-Wall", "-Wextra"],
     libraries=["pthread", "rt"],
     py_limited_api=True,

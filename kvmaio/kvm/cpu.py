@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from threading import Lock
 from typing import Any
@@ -15,6 +16,8 @@ from ._native import ffi, lib
 from .context import context_from, get_context, set_context
 from .cpuid import CpuidEntry
 from .hub import Hub
+from .promotion import Promotion
+from .resident import Residents
 from .gate import check
 from .vm import KvmVm
 
@@ -41,10 +44,11 @@ _SYNC_FOR = 64
 
 
 class KvmCpu:
-    """One KVM vCPU with its native thread; see `kvmaio.cpu.CpuModel`.
+    """One KVM vCPU; see `kvmaio.cpu.CpuModel`.
 
-    KVM_RUN is only ever called on the native thread, half entries included:
-    moving a vCPU between threads costs 16 ms on kernels 6.1 and 6.12.
+    KVM_RUN is called on the vCPU's native thread or, while it is resident, on the
+    loop's, half entries included, and never here and there: moving a vCPU
+    between threads costs 16 ms on kernels 6.1 and 6.12.
     """
 
     kind = "kvm"
@@ -66,17 +70,17 @@ class KvmCpu:
                 ),
                 "KVM_CREATE_VCPU",
             )
-            self._handle = out[0]
+            self.handle = out[0]
             try:
-                check(lib.kvmaio_vcpu_start(self._handle), "pthread_create")
+                check(lib.kvmaio_vcpu_start(self.handle), "pthread_create")
             except BaseException:
-                lib.kvmaio_vcpu_destroy(self._handle)
+                lib.kvmaio_vcpu_destroy(self.handle)
                 raise
         except BaseException:
             hub.remove(self._tag)
             raise
-        self.fd: int = self._handle.fd
-        self.page: Any = self._handle.page
+        self.fd: int = self.handle.fd
+        self.page: Any = self.handle.page
         raw = ffi.cast("uint8_t *", self.page)
         self.io_words = {
             1: raw,
@@ -90,6 +94,10 @@ class KvmCpu:
         self._ring_length = (4096 - ffi.sizeof("struct kvm_coalesced_mmio_ring")) // entry_size
         self._arrival = Arrival(hub.loop)
         self._inside = False
+        self._promotion = Promotion(hub.costs)
+        self._residents: Residents | None = None
+        self._waiting_since_ns = 0
+        self.limit_end_ns = 0  # CLOCK_MONOTONIC, of a run on the loop's thread; 0: none
         self._sync_left = 0
         self._page_has_registers = False
         self._lock = Lock()  # kicks come from any thread, and must not meet close()
@@ -98,14 +106,30 @@ class KvmCpu:
 
     def enter(self, limit_ns: int | None) -> EntryResult | None:
         self._before_entry()
+        if self._residents is not None or (limit_ns is None and self._may_move_in()):
+            return self._enter_resident(limit_ns)
         self._inside = True
-        lib.kvmaio_vcpu_enter(self._handle, -1 if limit_ns is None else limit_ns)
+        lib.kvmaio_vcpu_enter(self.handle, -1 if limit_ns is None else limit_ns)
+        return None
+
+    def _enter_resident(self, limit_ns: int | None) -> EntryResult | None:
+        residents = self._residents
+        assert residents is not None
+        if limit_ns == 0:
+            return self._result(lib.kvmaio_resident_half_entry(self.handle))
+        outcome = lib.kvmaio_resident_enter(residents.handle, self.handle)
+        if outcome != lib.KVMAIO_LATER:
+            return self._result(outcome)
+        self._inside = True
+        self._waiting_since_ns = time.monotonic_ns()
+        self.limit_end_ns = self._waiting_since_ns + limit_ns if limit_ns else 0
+        residents.park(self)
         return None
 
     async def left(self) -> EntryResult:
         while self._inside:
             await self._arrival
-        return self._result(self._handle.outcome)
+        return self._result(self.handle.outcome)
 
     def arrived(self) -> None:
         """Called by the hub: the guest has been left."""
@@ -114,22 +138,24 @@ class KvmCpu:
 
     @property
     def executed_ns(self) -> int:
-        return int(self._handle.executed_ns)
+        return int(self.handle.executed_ns)
 
     def half_entry(self) -> EntryResult:
         self._before_entry()
-        return self._result(lib.kvmaio_vcpu_half_entry(self._handle, HALF_ENTRY_LIMIT_NS))
+        if self._residents is not None:
+            return self._result(lib.kvmaio_resident_half_entry(self.handle))
+        return self._result(lib.kvmaio_vcpu_half_entry(self.handle, HALF_ENTRY_LIMIT_NS))
 
     def kick(self) -> None:
         with self._lock:
-            if self._handle is not None:
-                run = lib.kvmaio_vcpu_current_run(self._handle)
-                lib.kvmaio_vcpu_kick(self._handle, run)
+            if self.handle is not None:
+                run = lib.kvmaio_vcpu_current_run(self.handle)
+                lib.kvmaio_vcpu_kick(self.handle, run)
 
     def kick_run(self) -> None:
         """End the entry that is under way; without one, do nothing."""
         if self._inside:
-            lib.kvmaio_vcpu_kick(self._handle, self._handle.run_id)
+            lib.kvmaio_vcpu_kick(self.handle, self.handle.run_id)
 
     def _before_entry(self) -> None:
         if self._sync_left:
@@ -144,6 +170,37 @@ class KvmCpu:
         if self._sync_left:
             self._page_has_registers = True
         return _RESULTS[outcome]
+
+    # ---- residence ----------------------------------------------------------------
+
+    @property
+    def is_resident(self) -> bool:
+        """Does the loop's thread run it?"""
+        return self._residents is not None
+
+    @property
+    def moves(self) -> int:
+        """How often it has moved between its own thread and the loop's."""
+        return self._promotion.moves
+
+    def still_waiting(self) -> None:
+        """Called between waits on the loop's thread: a quiet guest moves back out."""
+        if not self.limit_end_ns and self._promotion.is_quiet(self._waiting_since_ns):
+            self._move_out()
+
+    def _may_move_in(self) -> bool:
+        if not self._promotion.exits_often() or not self._hub.residents.has_room():
+            return False
+        self._residents = self._hub.residents
+        self._residents.move_in(self)
+        self._promotion.moved()
+        return True
+
+    def _move_out(self) -> None:
+        residents, self._residents = self._residents, None
+        if residents is not None:
+            residents.move_out(self)
+            self._promotion.moved()
 
     # ---- state ------------------------------------------------------------------
 
@@ -213,9 +270,12 @@ class KvmCpu:
 
     def close(self) -> None:
         with self._lock:
-            handle, self._handle = self._handle, None
+            handle, self.handle = self.handle, None
         if handle is None:
             return
+        if self._residents is not None:
+            self._residents.forget(self, handle)
+            self._residents = None
         check(lib.kvmaio_vcpu_stop(handle, LEAVE_LIMIT_NS), "pthread_join", _STUCK)
         self._hub.remove(self._tag)
         lib.kvmaio_vcpu_destroy(handle)

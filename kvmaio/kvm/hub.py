@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from ._native import ffi, lib
 from .gate import check
 from .host import Kvm
+from .promotion import Costs
+from .resident import Residents
 
 if TYPE_CHECKING:
     from .cpu import KvmCpu
@@ -40,6 +42,8 @@ class Hub:
             self.kvm.close()
             raise
         self.handle = out[0]
+        self.costs = Costs.measured(self.kvm)
+        self._residents: Residents | None = None
         loop.add_reader(self.handle.fd, self._collect)
 
     @classmethod
@@ -64,10 +68,19 @@ class Hub:
             return
         if not self.loop.is_closed():
             self.loop.remove_reader(self.handle.fd)
+        if self._residents is not None:
+            self._residents.close()
         lib.kvmaio_hub_destroy(self.handle)
         self.kvm.close()
         if _hubs.get(id(self.loop)) is self:
             del _hubs[id(self.loop)]
+
+    @property
+    def residents(self) -> Residents:
+        """The vCPUs that this loop's thread runs."""
+        if self._residents is None:
+            self._residents = Residents(self, self.costs)
+        return self._residents
 
     @property
     def wakeups(self) -> int:

@@ -1,0 +1,101 @@
+"""When a vCPU lives on the loop's thread: measured costs, and the policy that follows."""
+
+from __future__ import annotations
+
+import time
+from typing import Self
+
+import attrs
+
+from ._native import ffi, lib
+from .gate import check
+from .host import Kvm
+
+__all__ = ["Costs", "Promotion"]
+
+
+@attrs.frozen
+class Costs:
+    """What this host's KVM costs, measured once per process on a throw-away VM.
+
+    Attributes:
+        exit_ns: one exit and entry, at best.
+        move_ns: what KVM_RUN on another thread than last time costs more: next to
+            nothing on recent kernels, 16 ms on 6.1 and 6.12 (an RCU grace period).
+    """
+
+    exit_ns: int
+    move_ns: int
+
+    @classmethod
+    def measured(cls, kvm: Kvm) -> Self:
+        """The costs on this host; the first call takes 5 to 60 ms, the others nothing."""
+        global _measured
+        if _measured is None:
+            out = ffi.new("int64_t[2]")
+            check(lib.kvmaio_measure(kvm.fd, kvm.vcpu_page_size, out, out + 1), "KVM_RUN")
+            _measured = (out[0], out[1])
+        return cls(*_measured)
+
+    @property
+    def moves_are_cheap(self) -> bool:
+        """Does a move cost no more than ten exits?"""
+        return self.move_ns <= 10 * self.exit_ns
+
+    @property
+    def budget_ns(self) -> int:
+        """How long exits are answered back to back before the loop has its turn."""
+        return min(max(BUDGET_EXITS * self.exit_ns, 500_000), 1_000_000)
+
+
+_measured: tuple[int, int] | None = None
+
+BUDGET_EXITS = 80
+OFTEN_EXITS = 50
+OFTEN_WITHIN_NS = 10_000_000
+QUIET_NS = 50_000_000
+MOVE_EVERY_NS = 200_000_000
+
+
+class Promotion:
+    """The policy for one vCPU: it moves in when it exits often, and out when it hardly does.
+
+    The first move in comes at once, and so does the first one out. After these,
+    moves are for hosts on which they are cheap, and even there at most one
+    every 200 ms.
+    """
+
+    __slots__ = ("_costs", "_count", "_last_move_ns", "_since_ns", "moves")
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._count = 0
+        self._since_ns = 0
+        self._last_move_ns = 0
+        self.moves = 0
+
+    def exits_often(self) -> bool:
+        """Called once per entry on the native thread: should it move in?"""
+        self._count += 1
+        if self._count < OFTEN_EXITS:
+            return False
+        now_ns = time.monotonic_ns()
+        took_ns, self._since_ns = now_ns - self._since_ns, now_ns
+        self._count = 0
+        return took_ns < OFTEN_WITHIN_NS and self._may_move(now_ns)
+
+    def is_quiet(self, waiting_since_ns: int) -> bool:
+        """Called between waits on the loop's thread: should it move out?"""
+        now_ns = time.monotonic_ns()
+        return now_ns - waiting_since_ns > QUIET_NS and self._may_move(now_ns)
+
+    def moved(self) -> None:
+        """It has moved, in or out."""
+        self.moves += 1
+        self._last_move_ns = time.monotonic_ns()
+        self._count = 0
+
+    def _may_move(self, now_ns: int) -> bool:
+        if self.moves < 2:
+            return True
+        return self._costs.moves_are_cheap and now_ns - self._last_move_ns > MOVE_EVERY_NS
