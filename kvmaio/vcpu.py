@@ -40,6 +40,10 @@ from .suspension import Suspended, drive
 
 __all__ = ["VCpu", "VCpuOwner", "VCpuState", "current_vcpu"]
 
+APIC_BASE = 0xFEE0_0800
+APIC_BASE_BSP = 1 << 8
+"""IA32_APIC_BASE after power-on, and its bit that only the boot processor has (SDM 11.4.4)."""
+
 MAX_ACCESS_PIECES = 64
 """KVM splits one instruction's access into a few pieces at most."""
 
@@ -343,7 +347,9 @@ class VCpu:
     def reset_registers(self) -> None:
         """Set the registers to what they are after power-on; the vCPU is fresh again."""
         self._must_be_outside("a reset")
-        self.load(Context())
+        # With the bit, KVM takes an application processor for the boot processor, and it runs at once.
+        bootstrap = APIC_BASE_BSP if self.index == 0 else 0
+        self.load(Context(apic_base=APIC_BASE | bootstrap))
 
     def load(self, context: Context) -> None:
         """Take over `context` whole; the vCPU is fresh and idle."""
