@@ -347,7 +347,7 @@ class VCpu:
     def reset_registers(self) -> None:
         """Set the registers to what they are after power-on; the vCPU is fresh again."""
         self._must_be_outside("a reset")
-        # With the bit, KVM takes an application processor for the boot processor, and it runs at once.
+        # An application processor with the bit is to KVM the boot processor, and runs at once.
         bootstrap = APIC_BASE_BSP if self.index == 0 else 0
         self.load(Context(apic_base=APIC_BASE | bootstrap))
 
