@@ -201,10 +201,12 @@ def _x87(exponent: int, significand: int) -> str:
     exponent &= 0x7FFF
     if exponent == 0x7FFF:
         return f"{sign}{'nan' if significand << 1 & (1 << 64) - 1 else 'inf'}"
-    try:
-        return f"{sign}{significand / (1 << 63) * 2.0 ** (exponent - 16383):.17g}"
-    except OverflowError:
-        return f"{sign}{significand / (1 << 63):.17g} * 2**{exponent - 16383}"
+    power = max(exponent, 1) - 16383  # a denormal's exponent counts as 1
+    number = significand / (1 << 63)
+    if abs(power) < 1000:
+        return f"{sign}{number * 2.0**power:.17g}"
+    # Beyond a double's range: all that is left of that is zero.
+    return f"{sign}{number:.17g} * 2**{power}" if significand else f"{sign}0"
 
 
 def _debug_registers(values: tuple[int, ...]) -> list[str]:

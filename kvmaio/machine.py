@@ -108,7 +108,8 @@ class Machine:
         self.stats = MachineStatistics(self)
         self.irqchip = irqchip
         self.posted_lock = asyncio.Lock()
-        self.exit_traced: Callable[[VCpu, VmExit], None] | None = None
+        self.watches_exits = False
+        self._exit_traced: Callable[[VCpu, VmExit], None] | None = None
         self._cpu = cpu
         self._vcpu_count = vcpus
         self._host_factor = host_factor
@@ -348,6 +349,16 @@ class Machine:
             self._end(Stopped(reason))
 
     @property
+    def exit_traced(self) -> Callable[[VCpu, VmExit], None] | None:
+        """Called with every exit before it is served, or None."""
+        return self._exit_traced
+
+    @exit_traced.setter
+    def exit_traced(self, sink: Callable[[VCpu, VmExit], None] | None) -> None:
+        self._exit_traced = sink
+        self.watches_exits = sink is not None or bool(self._posted)
+
+    @property
     def is_running(self) -> bool:
         """Is `run()` active?"""
         return self._run_active
@@ -471,6 +482,7 @@ class Machine:
             if register.posted:
                 zone = (base + register.offset, register.size, is_pio)
                 self._posted.append(zone)
+                self.watches_exits = True
                 if self._platform is not None:
                     self._platform.coalesce(*zone)
 

@@ -34,6 +34,8 @@ class Service:
 
     def __init__(self, vcpu: VCpu, pio: Bus, mmio: Bus) -> None:
         self._vcpu = vcpu
+        self._stats = vcpu.stats
+        self._reason = 0  # of the exit last counted
         self._pio = pio
         self._mmio = mmio
         self.hypercall: HypercallHandler | None = None
@@ -59,16 +61,15 @@ class Service:
 
     def count(self) -> None:
         """Count the exit that has just come."""
-        reason = self._page.exit_reason
-        stats = self._vcpu.stats
-        if reason == Reason.IO:
-            stats.numIO += 1
-        elif reason == Reason.MMIO:
-            stats.numMMIO += 1
+        self._reason = reason = self._page.exit_reason
+        if reason == _IO:
+            self._stats.numIO += 1
+        elif reason == _MMIO:
+            self._stats.numMMIO += 1
         elif reason == Reason.HLT:
-            stats.numHalt += 1
+            self._stats.numHalt += 1
         elif reason == Reason.HYPERCALL:
-            stats.numHypercalls += 1
+            self._stats.numHypercalls += 1
 
     def begin(self) -> Awaitable[None] | None:
         """Serve the exit: None when it is served, else what to await.
@@ -77,10 +78,10 @@ class Service:
             GuestError: nothing can answer it.
             EndRun: it ends the run.
         """
-        reason = self._page.exit_reason
-        if reason == Reason.IO:
+        reason = self._reason
+        if reason == _IO:
             return self._serve_io()
-        if reason == Reason.MMIO:
+        if reason == _MMIO:
             return self._serve_mmio()
         return self._others.get(reason, self._unexpected)()
 
@@ -225,6 +226,10 @@ class Service:
 
 
 _WORD = (1 << 64) - 1
+
+# Plain ints: an enum's member costs a look-up on the hot path.
+_IO = int(Reason.IO)
+_MMIO = int(Reason.MMIO)
 
 
 async def _store(value: Awaitable[int], words: Any, index: int) -> None:

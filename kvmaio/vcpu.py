@@ -85,6 +85,9 @@ PENDING = VCpuState.RUNNING_MMIO_PENDING
 class VCpuOwner(Protocol):
     """What a vCPU tells the machine it belongs to."""
 
+    watches_exits: bool
+    """Are exits traced, or writes batched? If not, an exit is served straight away."""
+
     posted_lock: asyncio.Lock
     """Held while batched writes are being served, so that exits stay behind them."""
 
@@ -137,6 +140,7 @@ class VCpu:
         self._owner = owner
         self._clock = clock
         self._host_factor = host_factor
+        self._milli_cycles_per_us = int(HOST_HZ * host_factor) // 1000
         self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._clock_hz = clock_hz
         self._registers = SyncedContext(model)
@@ -146,7 +150,8 @@ class VCpu:
         self._allowed = False  # the machine is running
         self._inside = False  # the model is in the guest, or its result not yet taken
         self._exit_due = False  # the run page holds an exit that is not served yet
-        self._ticks = 0  # executed by the last entry
+        self._executed_ns = 0  # host time of the last entry
+        self._was_half = False
         self._wake = asyncio.Event()
         self._leave_waiters: list[asyncio.Future[None]] = []
 
@@ -196,8 +201,8 @@ class VCpu:
         self._exit_due = False
         result = await self._enter(self._limit_ns(ticks))
         if result is EntryResult.EXIT:
-            return decode(self.model.page, self.model.io_words, self._ticks)
-        return InterruptedExit(ticks=self._ticks, timer_expired=result is EntryResult.TIMER)
+            return decode(self.model.page, self.model.io_words, self.ticks)
+        return InterruptedExit(ticks=self.ticks, timer_expired=result is EntryResult.TIMER)
 
     def kick(self) -> None:
         """End the present entry; if there is none, the next one ends at once. Any thread."""
@@ -297,8 +302,8 @@ class VCpu:
                             self._state = RUNNING
                     elif self._state is IDLE:
                         break
-                    else:
-                        await self._enter(None)
+                    elif self._start(None) is None:
+                        await self._arrival(half=False)
             except EndRun as end:
                 self._served_by_ending()
                 self._owner.ended(self, end.outcome)
@@ -361,9 +366,14 @@ class VCpu:
         self._fresh = True
         self.halted = False
 
+    @property
+    def ticks(self) -> int:
+        """Guest nanoseconds executed by the last entry; a half entry takes one clock period."""
+        return self._period_ns if self._was_half else int(self._executed_ns * self._host_factor)
+
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
-        return decode(self.model.page, self.model.io_words, self._ticks)
+        return decode(self.model.page, self.model.io_words, self.ticks)
 
     async def flush_posted(self) -> None:
         """Serve writes that lie in the ring while no exit comes."""
@@ -394,40 +404,50 @@ class VCpu:
 
     async def _enter(self, limit_ns: int | None) -> EntryResult:
         """One entry: sync, inject, run, account."""
-        result = self._before_entry()
-        if result is not None:
-            self._account(result, half=True)
-        else:
+        result = self._start(limit_ns)
+        return await self._arrival(half=limit_ns == 0) if result is None else result
+
+    def _start(self, limit_ns: int | None) -> EntryResult | None:
+        """Begin an entry: its result if it is over already, else await `_arrival()`."""
+        registers = self._registers
+        if registers.newer is Newer.CONTEXT or self.interrupts.need_attention:
+            result = self._before_entry()
+            if result is not None:
+                self._account(result, half=True)
+                return result
+        try:
+            result = self.model.enter(limit_ns)
+        finally:
+            # Also when the entry failed: the guest may have run before that.
+            registers.entered()
+        if result is None:
             self._inside = True
-            self._registers.locked = _LOCKED
-            try:
-                result = self.model.enter(limit_ns)
-                if result is None:
-                    result = await self._arrival()
-            finally:
-                self._inside = False
-                self._registers.locked = None
-                if self._leave_waiters:
-                    self._tell_leave_waiters()
-            self._registers.entered()
-            self._account(result, half=limit_ns == 0)
+            registers.locked = _LOCKED
+            return None
+        self._account(result, half=limit_ns == 0)
         return result
 
-    async def _arrival(self) -> EntryResult:
+    async def _arrival(self, *, half: bool) -> EntryResult:
+        """Wait for the end of the entry that `_start()` began."""
+        cancelled: asyncio.CancelledError | None = None
         try:
-            return await self.model.left()
-        except asyncio.CancelledError:
-            # Nobody may walk away from a guest that still runs: end the entry first.
-            self.model.kick_run()
             while True:
                 try:
                     result = await self.model.left()
-                except asyncio.CancelledError:
-                    continue
-                break
-            self._registers.entered()
-            self._account(result, half=False)
-            raise
+                    break
+                except asyncio.CancelledError as error:
+                    # Nobody may walk away from a guest that still runs: end the entry first.
+                    cancelled = error
+                    self.model.kick_run()
+        finally:
+            self._inside = False
+            self._registers.locked = None
+            if self._leave_waiters:
+                self._tell_leave_waiters()
+        self._account(result, half=half)
+        if cancelled is not None:
+            raise cancelled
+        return result
 
     def _before_entry(self) -> EntryResult | None:
         """Sync and inject. A result means that completing an access led to another exit."""
@@ -466,13 +486,11 @@ class VCpu:
         """Book the entry that has just ended, and change the state by its result."""
         stats = self.stats
         stats.numVMExits += 1
-        executed_ns = self.model.executed_ns
+        self._executed_ns = executed_ns = self.model.executed_ns
+        self._was_half = half
         if half:
             stats.numVMHalfEntries += 1
-            self._ticks = self._period_ns
-        else:
-            self._ticks = int(executed_ns * self._host_factor)
-        stats.numCycles += int(executed_ns * self._host_factor * HOST_HZ) // 1_000_000_000
+        stats.numCycles += executed_ns * self._milli_cycles_per_us // 1_000_000
         if result is EntryResult.EXIT:
             self._exit_due = True
             self._service.count()
@@ -506,10 +524,12 @@ class VCpu:
 
     def _begin_service(self) -> Awaitable[None] | None:
         """Serve the exit due: None when it is done, else what to await."""
-        if self._owner.exit_traced is not None:
-            self._owner.exit_traced(self, self.last_exit())
-        if self.model.has_posted() or self._owner.posted_lock.locked():
-            return self._service.posted_first(self._owner.posted_lock)
+        owner = self._owner
+        if owner.watches_exits:
+            if owner.exit_traced is not None:
+                owner.exit_traced(self, self.last_exit())
+            if self.model.has_posted() or owner.posted_lock.locked():
+                return self._service.posted_first(owner.posted_lock)
         return self._service.begin()
 
     async def _finish_service(self, pending: Awaitable[None]) -> None:

@@ -119,3 +119,15 @@ int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move
 	*move_ns = move > exit ? move - exit : 0;
 	return 0;
 }
+
+int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits)
+{
+	int64_t before = clock_ns(CLOCK_MONOTONIC);
+	while (exits > 0) {
+		if (!ioctl(vcpu->fd, KVM_RUN, 0))
+			exits--;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return clock_ns(CLOCK_MONOTONIC) - before;
+}

@@ -189,4 +189,9 @@ int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
  * than last time costs more. Any thread; takes 5 to 60 ms. */
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 
+/* The measure of all things: KVM_RUN in a loop of C that answers nothing, on the
+ * calling thread, until `exits` exits have come. Nanoseconds, or -errno. The
+ * vCPU must not be running and must never have been entered elsewhere. */
+int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);
+
 #endif

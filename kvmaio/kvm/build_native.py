@@ -196,6 +196,7 @@ int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
+int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 """
 

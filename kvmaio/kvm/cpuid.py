@@ -260,7 +260,7 @@ def _identified(entry: CpuidEntry, vcpu_id: int, vcpus: int) -> CpuidEntry:
         case 0x8000001D if entry.eax & 0x1F:
             level = entry.eax >> 5 & 7
             shared = vcpus - 1 if level >= 3 else 0
-            return attrs.evolve(entry, eax=entry.eax & ~(0xFFF << 14) | shared << 14)
+            return attrs.evolve(entry, eax=entry.eax & 0x3FFF | shared << 14)
         case 0x8000001E:
             # EAX the APIC id; EBX 7:0 the core, 15:8 threads per core - 1; ECX the node.
             return attrs.evolve(entry, eax=vcpu_id, ebx=vcpu_id & 0xFF, ecx=0)

@@ -20,7 +20,7 @@ MSR_IA32_TSC_DEADLINE = 0x6E0
 # fixed, and the default (SDM vol. 3A, 12.11). Firmware sets them and kernels compare them.
 MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
-_AT_MOST = 256  # entries in one call (MAX_IO_MSRS in the kernel)
+_AT_MOST = 255  # entries in one call (fewer than MAX_IO_MSRS in the kernel)
 
 
 def get_msrs(fd: int, indices: Iterable[int]) -> dict[int, int]:
