@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -34,7 +34,7 @@ class CpuidEntry:
     edx: int = 0
 
 
-CpuidTable = Mapping[int | tuple[int, int], Sequence[int]] | Iterable[CpuidEntry]
+CpuidTable = Mapping[Any, Sequence[int]] | Iterable[CpuidEntry]
 """Function, or (function, index) -> (eax, ebx, ecx, edx); or entries."""
 
 POLICIES = ("host", "emulator-safe", "common")

@@ -468,7 +468,7 @@ def test_gsi_routing_to_pins_and_messages(vm, make_vcpu):
     assert caught.value.errno == errno.EINVAL
 
 
-# ---- the clock, capabilities, devices -------------------------------------------------------------
+# ---- the clock, capabilities, devices --------------------------------------------------
 
 
 def test_the_clock_goes_on_from_what_was_set(vm):
