@@ -28,11 +28,13 @@ ENTRIES_SIZE = VECTORS * _ENTRY_SIZE
 # What each of the 256 entries jumps to, with vector and error code on the stack:
 #
 #   restartable:
-#     cmp qword ptr [rsp], 13      # #GP: was it HLT?
+#     cmp qword ptr [rsp], 13      # #GP?
 #     jne again
+#     test byte ptr [rsp+8], 2     # by INT n or INT3: some CPUs are past the instruction then
+#     jnz final
 #     push rax
 #     mov rax, [rsp+24]            # the instruction's address
-#     cmp byte ptr [rax], 0xf4
+#     cmp byte ptr [rax], 0xf4     # HLT?
 #     pop rax
 #     je halt
 #   again:
@@ -50,10 +52,10 @@ ENTRIES_SIZE = VECTORS * _ENTRY_SIZE
 #   no_idt:
 #     .zero 10
 STUB = bytes.fromhex(
-    "48833c240d750c50488b4424188038f458740d4883c4100f011d1600000048cf4883c41048ff0424f448cf"
-    "0f011d020000000f0b00000000000000000000"
+    "48833c240d7513f644240802752450488b4424188038f458740d4883c4100f011d1600000048cf4883c410"
+    "48ff0424f448cf0f011d020000000f0b00000000000000000000"
 )
-_FINAL = 0x2B
+_FINAL = 0x32
 
 _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 # Returning from these would not fault again: #DB, NMI, #BP and #OF (on hosts that let INT3 and

@@ -22,6 +22,8 @@ STUB_SOURCE = """
 restartable:
     cmp qword ptr [rsp], 13
     jne again
+    test byte ptr [rsp+8], 2
+    jnz final
     push rax
     mov rax, [rsp+24]
     cmp byte ptr [rax], 0xf4
