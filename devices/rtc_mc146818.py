@@ -173,6 +173,7 @@ class RtcMc146818(Device):
         kept = RegisterB.DAYLIGHT_SAVING | RegisterB.HOURS_24 | RegisterB.BINARY | RegisterB.SET
         self.cmos[B] &= kept
         self.cmos[C] = 0
+        self._checked_ns = self._time_ns()
 
     def save(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 from kvmaio.devices import DebugConsole, Uart16550
+from kvmaio.devices.connections import FdConnection, StreamConnection
 from kvmaio.devices.console import ConsoleOutput
 from kvmaio.errors import ConfigurationError
 from kvmaio.testing import BusDriver, settle
@@ -134,7 +135,7 @@ async def test_expect_and_a_short_history():
 
 
 async def test_plain_sinks_cost_no_coroutine():
-    seen = []
+    seen: list[bytes] = []
     uart = Uart16550()
     uart.add_sink(seen.append)
     assert uart.write(DATA, 1, 65) is None
@@ -172,9 +173,7 @@ def test_a_full_disk_is_not_hidden(on_loop):
             await bus.device.connect_file("/dev/full")
             with pytest.raises(OSError, match="No space left"):
                 await bus.write(0, 1, 65)
-            bus.device.connections.clear()
-            for sink in list(bus.device._console.sinks):
-                await sink.__self__.close()
+            await bus.device.disconnect()
 
     on_loop(story())
 
@@ -203,7 +202,9 @@ def test_a_pty_that_nobody_reads_holds_the_guest_up_and_loses_nothing(on_loop):
         async with uart_bus() as bus:
             path = await bus.device.connect_pty()
             writer = asyncio.create_task(print_text(bus, text))
-            while not bus.device.connections[0]._backlog:  # noqa: ASYNC110
+            connection = bus.device.connections[0]
+            assert isinstance(connection, FdConnection)
+            while not connection._backlog:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             await settle()
             assert not writer.done()
@@ -289,7 +290,9 @@ def test_a_slow_socket_gets_everything_and_memory_stays_bounded(on_loop):
         thread.start()
         console = DebugConsole()
         await console.connect_socket(ours)
-        transport = console.connections[0]._writer.transport
+        connection = console.connections[0]
+        assert isinstance(connection, StreamConnection)
+        transport = connection._writer.transport
         most = 0
         for at in range(0, len(text), 1000):
             if (pending := console.emit(text[at : at + 1000])) is not None:
