@@ -24,11 +24,15 @@ __all__ = [
 
 
 def _tell_owner(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> Any:
-    instance._written()
+    instance._written(attribute.name)
+    if isinstance(value, Segment | DescriptorTable):
+        # A copy: the value may be shared, and its writes from now on are this register's.
+        value = attrs.evolve(value)
+        value._written = getattr(instance, attribute.name)._written
     return value
 
 
-def _nobody() -> None:
+def _nobody(name: str) -> None:
     pass
 
 
@@ -48,7 +52,7 @@ class Segment:
     g: int = 0
     avl: int = 0
     unusable: int = 0
-    _written: Callable[[], None] = attrs.field(
+    _written: Callable[[str], None] = attrs.field(
         default=_nobody, init=False, repr=False, eq=False, on_setattr=attrs.setters.NO_OP
     )
 
@@ -59,7 +63,7 @@ class DescriptorTable:
 
     base: int = 0
     limit: int = 0xFFFF
-    _written: Callable[[], None] = attrs.field(
+    _written: Callable[[str], None] = attrs.field(
         default=_nobody, init=False, repr=False, eq=False, on_setattr=attrs.setters.NO_OP
     )
 
@@ -112,15 +116,15 @@ class Context:
     cr8: int = 0
     efer: int = 0
     apic_base: int = 0xFEE00900
-    _written: Callable[[], None] = attrs.field(
+    _written: Callable[[str], None] = attrs.field(
         default=_nobody, init=False, repr=False, eq=False, on_setattr=attrs.setters.NO_OP
     )
 
-    def notify(self, written: Callable[[], None]) -> None:
-        """Call `written` before each assignment to this context or a part of it."""
+    def notify(self, written: Callable[[str], None]) -> None:
+        """Call `written` before each assignment, with the register's name: ``rip``, ``cs.base``."""
         self._written = written
         for name in SEGMENTS + TABLES:
-            getattr(self, name)._written = written
+            getattr(self, name)._written = lambda field, part=name: written(f"{part}.{field}")
 
 
 GENERAL = (
@@ -182,6 +186,8 @@ class CpuModel(Protocol):
     kind: str
     resolution_ns: int
     """The shortest time limit that the model can keep."""
+    has_lapic: bool
+    """A local APIC of the model's own takes the interrupts, and takes them at any time."""
     page: Any
     io_words: dict[int, Any]
     """Access size -> the page as an array of words of that size, for port I/O data."""

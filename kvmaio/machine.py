@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +20,7 @@ from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
 from .service import HypercallHandler
 from .stats import MachineStatistics
+from .suspension import foreign_cancellation, is_own_cancellation
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
@@ -95,8 +97,8 @@ class Machine:
             raise ConfigurationError(f'cpu={cpu!r}: "auto", "kvm" and "soft" are possible')
         if irqchip not in IRQCHIPS:
             raise ConfigurationError(f"irqchip={irqchip!r}: one of {IRQCHIPS} is possible")
-        if not host_factor > 0:
-            raise ConfigurationError(f"host_factor={host_factor}: must be greater than 0")
+        if not 0 < host_factor < math.inf:
+            raise ConfigurationError(f"host_factor={host_factor}: a finite number above 0")
         if not 0 < clock_hz <= 1_000_000_000_000:
             raise ConfigurationError(f"clock_hz={clock_hz}: must be between 1 and 10^12")
         self.name = name or "machine"
@@ -126,6 +128,7 @@ class Machine:
         self._has_run = False
         self._run_active = False
         self._ending: Outcome | BaseException | None = None
+        self._unlocated: BaseException | None = None
         self._over = asyncio.Event()
         self._build_ram(parse_size(memory))
 
@@ -179,20 +182,28 @@ class Machine:
         if self._closed or self._platform is None:
             self._closed = True
             return
+        if asyncio.current_task() in self._tasks:
+            raise ConfigurationError(
+                f"{self.name} cannot be closed by its own device, which would wait for itself; "
+                "end the run with stop()"
+            )
         self._closed = True
         self._end(Stopped("closed"))
         try:
             await self._settle()
         finally:
-            tasks, self._tasks = self._tasks, []
-            for task in tasks:
-                task.cancel()
             for device in self.devices.values():
                 device.alarm.disarm()
-            self._close_cpus()
-            self._platform.close()
-            self.memory.close()
-            await _wait_uncancelled(asyncio.gather(*tasks, return_exceptions=True))
+            for task in self._tasks:
+                task.cancel()
+            try:
+                # Before their vCPU goes: a handler may still answer, into the run page.
+                await _wait_uncancelled(asyncio.gather(*self._tasks, return_exceptions=True))
+            finally:
+                self._tasks.clear()
+                self._close_cpus()
+                self._platform.close()
+                self.memory.close()
 
     def _close_cpus(self) -> None:
         for vcpu in self.vcpus:
@@ -241,6 +252,7 @@ class Machine:
             raise ConfigurationError(f"{device.name} is attached already")
         if mmio is not None and (region := self.memory.overlapping(mmio, device.size)):
             raise ConfigurationError(f"cannot map {device.name} at mmio {mmio:#x}: {region} is there")
+        line = None if irq is None else self.irq(irq)
         try:
             if pio is not None:
                 self.pio.map(device, pio)
@@ -252,8 +264,8 @@ class Machine:
         self._names[base_name] += 1
         self.devices[device.name] = device
         device.irq.name = f"{device.name}.irq"
-        if irq is not None:
-            device.irq.connect(self.irq(irq).input())
+        if line is not None:
+            device.irq.connect(line.input())
         self._coalesce_posted(device, pio, is_pio=True)
         self._coalesce_posted(device, mmio, is_pio=False)
         if self._loop is not None:
@@ -268,9 +280,10 @@ class Machine:
         if line is None:
             if number < 0:
                 raise ConfigurationError(f"interrupt line {number}: lines are numbered from 0")
-            line = self._lines[number] = IrqLine(f"irq{number}")
+            line = IrqLine(f"irq{number}")
             if self._platform is not None:
                 line.connect(self._irq_sink(self._platform, number))
+            self._lines[number] = line
         return line
 
     @property
@@ -293,6 +306,8 @@ class Machine:
         platform = self._opened()
         self._check_not_running("load an image")
         state = image.place(self.memory)
+        if isinstance(self._ending, Outcome):
+            self._ending = None  # it was the previous guest's
         if state.platform == "pc":
             self.pio.unmapped = self.mmio.unmapped = Unmapped.OPEN_BUS
         if self._cpuid is None and not self._has_run:
@@ -341,6 +356,10 @@ class Machine:
         if isinstance(ending, Outcome):
             return ending
         assert ending is not None
+        if ending is self._unlocated:
+            self._unlocated = None
+            for vcpu in self.vcpus:
+                ending.add_note(f"meanwhile {vcpu.name} was here\n{vcpu.describe_registers()}")
         raise ending
 
     def stop(self, reason: str = "stopped") -> None:
@@ -421,9 +440,19 @@ class Machine:
             await device.run()
         except EndRun as end:
             self._end(end.outcome)
+        except asyncio.CancelledError as cancelled:
+            if is_own_cancellation():
+                raise
+            self._fail_outside(foreign_cancellation(cancelled, f"{device.name}.run()"))
         except Exception as error:
             error.add_note(f"in the run() of device {device.name}")
-            self._end(error)
+            self._fail_outside(error)
+
+    def _fail_outside(self, error: BaseException) -> None:
+        """End by an error that no vCPU was serving; `run()` adds where the guest was."""
+        if self._ending is None:
+            self._unlocated = error
+        self._end(error)
 
     async def _flush_posted(self) -> None:
         while True:
@@ -432,8 +461,12 @@ class Machine:
                 await self.vcpus[0].flush_posted()
             except EndRun as end:
                 self._end(end.outcome)
+            except asyncio.CancelledError as cancelled:
+                if is_own_cancellation():
+                    raise
+                self._fail_outside(foreign_cancellation(cancelled, "a posted write's handler"))
             except Exception as error:
-                self._end(error)
+                self._fail_outside(error)
 
     def _end(self, ending: Outcome | BaseException) -> None:
         """The first end counts; it is kept until a `run()` returns it."""
@@ -465,15 +498,23 @@ class Machine:
 
     def _irq_sink(self, platform: Platform, number: int) -> Callable[[bool], None]:
         sink = platform.irq_sink(number)
-        if sink is not None:
-            return sink
-        vector = FIRST_VECTOR + number
+        if sink is None:
+            vector = FIRST_VECTOR + number
+            if vector > 255:
+                raise ConfigurationError(
+                    f"interrupt line {number}: without an interrupt controller, "
+                    f"lines 0 to {255 - FIRST_VECTOR} have a vector"
+                )
 
-        def inject(level: bool) -> None:
-            if level:
-                self.vcpus[0].trigger(vector)
+            def sink(level: bool) -> None:
+                if level:
+                    self.vcpus[0].trigger(vector)
 
-        return inject
+        def drive(level: bool) -> None:
+            if not self._closed:  # a device's timer may outlive the machine
+                sink(level)
+
+        return drive
 
     def _coalesce_posted(self, device: Device, base: int | None, *, is_pio: bool) -> None:
         if base is None:

@@ -29,9 +29,8 @@ class SyncedContext:
     """A `Context` that is fetched when it is looked at and pushed when it was written.
 
     While a read access is pending, its result is not in the registers yet, and
-    pushing would lose it. What is written meanwhile is kept as an edit: the
-    registers that differ from those at the first write are laid over what the
-    completed access left.
+    pushing would lose it. What is written meanwhile is kept as an edit, and laid
+    over what the completed access left.
     """
 
     def __init__(self, model: CpuModel) -> None:
@@ -39,7 +38,8 @@ class SyncedContext:
         self._context = Context()
         self._context.notify(self._written)
         self._filling = False
-        self._before_edit: dict[str, Any] | None = None
+        self._edited: set[str] = set()
+        """What was written while an access was pending, by name, such as ``cs.base``."""
         self.newer = Newer.CONTEXT
         self.locked: str | None = None
         """Why the registers cannot be looked at now, or None."""
@@ -52,12 +52,16 @@ class SyncedContext:
         Raises:
             ConfigurationError: the guest is running.
         """
-        if self.locked is not None:
-            raise ConfigurationError(self.locked)
+        self.check_accessible()
         if self.newer is Newer.MODEL:
             self._fetch()
             self.newer = Newer.NEITHER
         return self._context
+
+    def check_accessible(self) -> None:
+        """Raise ConfigurationError if the registers cannot be looked at now."""
+        if self.locked is not None:
+            raise ConfigurationError(self.locked)
 
     def entered(self) -> None:
         """The guest was entered, what was written having been pushed."""
@@ -70,10 +74,10 @@ class SyncedContext:
 
     def push(self) -> None:
         """Give the model what was written; no access may be pending."""
-        if self._before_edit is not None:
+        if self._edited:
             now = _flat(self._context)
-            edits = {key: value for key, value in now.items() if value != self._before_edit[key]}
-            self._before_edit = None
+            edits = {name: now[name] for name in self._edited}
+            self._edited.clear()
             self._fetch()
             self._apply(edits)
         self._model.write_context(self._context)
@@ -81,7 +85,7 @@ class SyncedContext:
 
     def replace(self, context: Context) -> None:
         """Take over the values of `context`, whatever the model has; no access may be pending."""
-        self._before_edit = None
+        self._edited.clear()
         self._apply(_flat(context))
         self.newer = Newer.CONTEXT
 
@@ -89,12 +93,16 @@ class SyncedContext:
         """Another model takes over; it has been given the registers."""
         self._model = model
 
-    def _written(self) -> None:
+    def _written(self, register: str) -> None:
         if self._filling:
             return
         self.get()  # somebody may have kept a context from before the last run
-        if self.access_pending and self._before_edit is None:
-            self._before_edit = _flat(self._context)
+        if self.access_pending:
+            part, _, field = register.rpartition(".")
+            if part or field not in SEGMENTS + TABLES:
+                self._edited.add(register)
+            else:  # a whole segment or table
+                self._edited.update(n for n in _flat(self._context) if n.startswith(f"{field}."))
         self.newer = Newer.CONTEXT
 
     def _fetch(self) -> None:

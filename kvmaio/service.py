@@ -59,17 +59,23 @@ class Service:
             Reason.FAIL_ENTRY: self._fail_entry,
         }
 
-    def count(self) -> None:
-        """Count the exit that has just come."""
+    def count(self) -> bool:
+        """Count the exit that has just come; must the next entry complete it?"""
         self._reason = reason = self._page.exit_reason
         if reason == _IO:
             self._stats.numIO += 1
         elif reason == _MMIO:
             self._stats.numMMIO += 1
-        elif reason == Reason.HLT:
+        else:
+            return self._count_other(reason)
+        return True
+
+    def _count_other(self, reason: int) -> bool:
+        if reason == Reason.HLT:
             self._stats.numHalt += 1
         elif reason == Reason.HYPERCALL:
             self._stats.numHypercalls += 1
+        return reason in _ALSO_COMPLETED
 
     def begin(self) -> Awaitable[None] | None:
         """Serve the exit: None when it is served, else what to await.
@@ -162,6 +168,7 @@ class Service:
                 f"hypercall {exit_.number:#x}, and nobody answers hypercalls; "
                 "set machine.hypercall to a handler"
             )
+        self._vcpu.hypercall_begins()
         result = self.hypercall(exit_)
         if isinstance(result, int):
             self._page.hypercall.ret = result & _WORD
@@ -230,6 +237,9 @@ _WORD = (1 << 64) - 1
 # Plain ints: an enum's member costs a look-up on the hot path.
 _IO = int(Reason.IO)
 _MMIO = int(Reason.MMIO)
+
+# KVM completes these, too, at the next entry: by writing to the registers.
+_ALSO_COMPLETED = frozenset({Reason.HYPERCALL, Reason.X86_RDMSR, Reason.X86_WRMSR})
 
 
 async def _store(value: Awaitable[int], words: Any, index: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Generator
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Suspended", "drive"]
+__all__ = ["Suspended", "drive", "foreign_cancellation", "is_own_cancellation"]
 
 T = TypeVar("T")
 
@@ -44,3 +45,20 @@ def drive(awaitable: Awaitable[T]) -> T | Suspended[T]:
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     return Suspended(rest, waiting_for)  # type: ignore[arg-type]
+
+
+def is_own_cancellation() -> bool:
+    """Was the present task cancelled, and not just something that it awaited?"""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def foreign_cancellation(cancelled: asyncio.CancelledError, who: str) -> RuntimeError:
+    """The error to raise where `who` met a cancellation that was not its own.
+
+    Passed on as it is, it would end the task in silence, and whoever counts on
+    that task would wait for ever.
+    """
+    error = RuntimeError(f"{who} ended by a cancellation of something it awaited")
+    error.__cause__ = cancelled
+    return error

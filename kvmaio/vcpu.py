@@ -36,7 +36,7 @@ from .interrupts import Interrupts
 from .registers_sync import Newer, SyncedContext
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
-from .suspension import Suspended, drive
+from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
 
 __all__ = ["VCpu", "VCpuOwner", "VCpuState", "current_vcpu"]
 
@@ -44,8 +44,10 @@ APIC_BASE = 0xFEE0_0800
 APIC_BASE_BSP = 1 << 8
 """IA32_APIC_BASE after power-on, and its bit that only the boot processor has (SDM 11.4.4)."""
 
-MAX_ACCESS_PIECES = 64
-"""KVM splits one instruction's access into a few pieces at most."""
+MAX_ACCESS_PIECES = 1 << 16
+"""KVM splits one instruction's access into a few pieces, but REP OUTS into one per element."""
+
+RFLAGS_IF = 1 << 9
 
 HOST_HZ = 2_000_000_000
 """The host clock that turns measured CPU time into host cycles (gem5's default hostFreq)."""
@@ -147,9 +149,12 @@ class VCpu:
         self._service = Service(self, pio, mmio)
         self._fresh = True  # never activated since reset
         self._idle_since_ns = clock.now_ns
+        self._closed = False
         self._allowed = False  # the machine is running
         self._inside = False  # the model is in the guest, or its result not yet taken
         self._exit_due = False  # the run page holds an exit that is not served yet
+        self._begun = False  # a device or handler has been given the exit due
+        self._unanswered = False  # it has suspended, and its answer goes to the run page
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
         self._wake = asyncio.Event()
@@ -172,8 +177,7 @@ class VCpu:
 
     def dump(self) -> str:
         """All registers as text; the guest must not be running."""
-        if self._inside:
-            raise ConfigurationError(f"{self.name} is running; its registers cannot be read")
+        self._registers.check_accessible()
         self._complete_and_push()
         return self.model.dump()
 
@@ -195,11 +199,13 @@ class VCpu:
         self._owner.check_steppable()
         if self._inside:
             raise ConfigurationError(f"{self.name} is being run already")
+        self._must_be_answered("be run by hand")
         self.activate_if_fresh()
         if self._state is IDLE:
             raise ConfigurationError(f"{self.name} is idle; activate() or wakeup() it first")
+        limit_ns = self._limit_ns(ticks)
         self._exit_due = False
-        result = await self._enter(self._limit_ns(ticks))
+        result = await self._enter(limit_ns)
         if result is EntryResult.EXIT:
             return decode(self.model.page, self.model.io_words, self.ticks)
         return InterruptedExit(ticks=self.ticks, timer_expired=result is EntryResult.TIMER)
@@ -267,8 +273,7 @@ class VCpu:
         self._must_be_outside("INIT")
         self.interrupts.clear()
         self.reset_registers()
-        self._exit_due = False
-        self._become_idle()
+        self._fresh = False  # only the start-up IPI activates it
 
     def start_up(self, vector: int) -> None:
         """The start-up IPI: begin in real mode at address ``vector << 12``.
@@ -279,6 +284,8 @@ class VCpu:
         if not 0 <= vector <= 255:
             raise ConfigurationError(f"start-up vector {vector}: 0 to 255 are possible")
         self._must_be_outside("a start-up IPI")
+        if self._state is not IDLE:
+            raise ConfigurationError(f"a start-up IPI needs {self.name} to wait for it, after INIT")
         context = self.context
         context.cs.selector = vector << 8
         context.cs.base = vector << 12
@@ -307,12 +314,12 @@ class VCpu:
             except EndRun as end:
                 self._served_by_ending()
                 self._owner.ended(self, end.outcome)
+            except asyncio.CancelledError as cancelled:
+                if is_own_cancellation():
+                    raise
+                self._fail(foreign_cancellation(cancelled, f"the handler that {self.name} awaits"))
             except Exception as error:
-                if self._state is not IDLE and self._exit_due:
-                    self._state = SERVICE
-                self._allowed = False
-                self._explain(error)
-                self._owner.failed(self, error)
+                self._fail(error)
             await self._rest()
 
     def allow(self) -> None:
@@ -335,9 +342,7 @@ class VCpu:
     @property
     def can_wake(self) -> bool:
         """Idle, but something may still wake it: it takes interrupts, or was suspended."""
-        if not self.halted:
-            return True
-        return bool(self.model.page.if_flag) or self.interrupts.nmi
+        return not self.halted or self.interrupts.nmi or self._takes_interrupts
 
     @property
     def inside(self) -> bool:
@@ -359,7 +364,8 @@ class VCpu:
     def load(self, context: Context) -> None:
         """Take over `context` whole; the vCPU is fresh and idle."""
         self._must_be_outside("a load")
-        self._exit_due = False
+        self._must_be_answered("be loaded or reset")
+        self._exit_due = self._begun = False
         self._abandon_access()
         self._registers.replace(context)
         self._become_idle()
@@ -374,6 +380,10 @@ class VCpu:
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
         return decode(self.model.page, self.model.io_words, self.ticks)
+
+    def describe_registers(self) -> str:
+        """The general and special registers as text; the guest must not be running."""
+        return self._service.describe_registers()
 
     async def flush_posted(self) -> None:
         """Serve writes that lie in the ring while no exit comes."""
@@ -391,6 +401,8 @@ class VCpu:
 
     def close(self) -> None:
         """End the model's thread. Idempotent."""
+        self._closed = True
+        self._registers.locked = _CLOSED
         self.model.close()
 
     # ---- entering -----------------------------------------------------------------
@@ -475,7 +487,11 @@ class VCpu:
             interrupts.nmi = False
             model.nmi()
             self.stats.numInterrupts += 1
-        elif interrupts.maskable and page.ready_for_interrupt_injection:
+        elif model.has_lapic:  # which queues them itself, and KVM then gives no window
+            while interrupts.maskable:
+                model.interrupt(interrupts.take())
+                self.stats.numInterrupts += 1
+        elif interrupts.maskable and page.ready_for_interrupt_injection and self._takes_interrupts:
             model.interrupt(interrupts.take())
             self.stats.numInterrupts += 1
         if interrupts.maskable:
@@ -493,7 +509,9 @@ class VCpu:
         stats.numCycles += executed_ns * self._milli_cycles_per_us // 1_000_000
         if result is EntryResult.EXIT:
             self._exit_due = True
-            self._service.count()
+            self._begun = False
+            # From now on, served or not: pushing registers first would lose the data of a read.
+            self._registers.access_pending = self._service.count()
             if self._state is not IDLE:
                 self._state = SERVICE
         else:
@@ -539,7 +557,11 @@ class VCpu:
         before = self._state
         if before is not IDLE:
             self._state = PENDING
-        await rest
+        self._unanswered = True
+        try:
+            await rest
+        finally:
+            self._unanswered = False
         if self._state is PENDING:
             self._state = before
 
@@ -548,9 +570,13 @@ class VCpu:
 
         The state changes before the handler runs, so that it may suspend the vCPU.
         """
-        self._registers.access_pending = True
+        self._begun = True
         if self._state is not IDLE:
             self._state = COMPLETION
+
+    def hypercall_begins(self) -> None:
+        """Called by the service: a hypercall goes to its handler."""
+        self._begun = True
 
     def halt(self) -> None:
         """HLT, or the host's wish: to Idle until an interrupt or `wakeup()`.
@@ -566,16 +592,23 @@ class VCpu:
             self._owner.idle(self)
 
     def _served_by_ending(self) -> None:
-        """A device's access that ended the run is served; a shutdown stays, and ends the next."""
-        if self._registers.access_pending:
+        """An access that ended the run is served; a shutdown stays, and ends the next run too."""
+        if self._begun:
             self._exit_due = False
         if self._state is PENDING:
             self._state = COMPLETION
 
+    def _fail(self, error: Exception) -> None:
+        if self._state is not IDLE and self._exit_due:
+            self._state = SERVICE
+        self._allowed = False
+        self._explain(error)
+        self._owner.failed(self, error)
+
     def _explain(self, error: BaseException) -> None:
         """Attach where it happened: the vCPU, the instruction, the registers."""
         try:
-            dump = self._service.describe_registers()
+            dump = self.describe_registers()
             rip: int | None = self.context.rip
         except Exception as problem:  # the report must not hide what it reports
             dump, rip = f"(the registers could not be read: {problem})", None
@@ -584,6 +617,8 @@ class VCpu:
             error.exit = self.last_exit() if self._exit_due else None
         elif self._exit_due:
             error.add_note(f"while {self.name} waited for {self._service.describe_exit()}\n{dump}")
+        else:
+            error.add_note(f"while {self.name} entered its guest\n{dump}")
 
     # ---- resting --------------------------------------------------------------------
 
@@ -598,11 +633,20 @@ class VCpu:
 
     def _attend(self) -> None:
         """Something is to be delivered: wake a halted guest, interrupt a running one."""
+        if self._closed:
+            return  # a device's timer may outlive the machine
         if self.halted and self._state is IDLE:
             if self.can_wake:
                 self.activate()
         else:
             self.model.kick_run()
+
+    @property
+    def _takes_interrupts(self) -> bool:
+        """IF; the run page's copy is of the last exit, and somebody may have edited it since."""
+        if self._inside or self._registers.newer is Newer.MODEL:
+            return bool(self.model.page.if_flag)
+        return bool(self.context.rflags & RFLAGS_IF)
 
     def _tell_leave_waiters(self) -> None:
         waiters, self._leave_waiters = self._leave_waiters, []
@@ -614,8 +658,15 @@ class VCpu:
         if self._inside:
             raise ConfigurationError(f"{what} needs {self.name} to be outside of its guest")
 
+    def _must_be_answered(self, what: str) -> None:
+        if self._unanswered:
+            raise ConfigurationError(
+                f"{self.name} cannot {what}: a device has not answered its access yet"
+            )
+
     def __repr__(self) -> str:
         return f"<VCpu {self.name} {self._state.value}>"
 
 
 _LOCKED = "the guest is running; wait for run() to end before looking at its registers"
+_CLOSED = "the machine is closed, and its registers are gone"

@@ -77,6 +77,7 @@ typedef struct kvmaio_vcpu {
 	_Atomic uint32_t asleep;
 	_Atomic uint64_t active; /* the run id inside KVM_RUN, 0 outside */
 	_Atomic uint64_t kicked; /* runs up to this id are to end */
+	_Atomic uint64_t ended;  /* the last run that ended: a kick is for the one behind it */
 
 	_Atomic(struct kvmaio_resident *) resident; /* whose thread runs it; NULL: its own */
 	int resident_run;                 /* a run has begun there and not ended */

@@ -61,6 +61,7 @@ static int finish(kvmaio_vcpu *vcpu, int outcome)
 		atomic_store(&vcpu->active, 0);
 		vcpu->resident_run = 0;
 		vcpu->outcome = outcome;
+		atomic_store(&vcpu->ended, vcpu->run_id);
 	}
 	return outcome;
 }
@@ -212,7 +213,8 @@ int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t d
 
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu)
 {
-	vcpu->run_id++;
+	/* Without a run id of its own: a kick beforehand is for the run behind it. */
+	vcpu->executed_ns = 0;
 	announce(vcpu);
 	return enter(vcpu, 1);
 }

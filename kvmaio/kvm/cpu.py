@@ -60,7 +60,7 @@ class KvmCpu:
         self._vm = vm
         self._kvm = hub.kvm
         self.index = index
-        self._has_lapic = has_lapic
+        self.has_lapic = has_lapic
         self._tag = hub.add(self)
         out = ffi.new("kvmaio_vcpu **")
         try:
@@ -236,7 +236,7 @@ class KvmCpu:
         state.set_xcrs(self.fd, {0: offered & _X87_SSE_AVX})
 
     def interrupt(self, vector: int) -> None:
-        if self._has_lapic:
+        if self.has_lapic:
             # KVM_INTERRUPT is refused beside KVM's own local APIC: go through that, as an MSI.
             self._vm.signal_msi(MSI_ADDRESS | self.index << 12, vector)
             return
