@@ -1,0 +1,37 @@
+"""The machine that ``kvmaio run`` builds around an image."""
+
+from __future__ import annotations
+
+import attrs
+
+from ..devices import DebugConsole, DebugExit, RtcMc146818, Uart16550
+from ..machine import Machine
+
+__all__ = ["Board", "build_board"]
+
+
+CMOS_MORE_CPUS = 0x5F  # where SeaBIOS looks for the number of CPUs less one
+
+
+@attrs.frozen
+class Board:
+    """The devices that the command has to do with."""
+
+    uart: Uart16550
+    debug_consoles: tuple[DebugConsole, ...]
+
+
+def build_board(machine: Machine, *, pc: bool, vcpus: int) -> Board:
+    """Attach the devices; a PC also gets its clock (its PIT comes with the irqchip)."""
+    # A split irqchip has no IOAPIC: nothing there takes an interrupt line.
+    has_lines = machine.irqchip != "split"
+    uart = machine.attach(Uart16550(), pio=0x3F8, irq=4 if has_lines else None, name="uart")
+    consoles = tuple(
+        machine.attach(DebugConsole(), pio=port, name=f"debug{port:x}") for port in (0x402, 0xE9)
+    )
+    machine.attach(DebugExit(), pio=0xF4, name="debugexit")
+    if pc:
+        rtc = RtcMc146818(memory_size=machine.memory.size)
+        rtc.cmos[CMOS_MORE_CPUS] = vcpus - 1
+        machine.attach(rtc, pio=0x70, irq=8 if has_lines else None, name="rtc")
+    return Board(uart, consoles)

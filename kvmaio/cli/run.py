@@ -1,0 +1,297 @@
+"""``kvmaio run``: its options, and one run from the image to the exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import attrs
+import click
+
+from ..boot import BootState, FaultFrame, Image
+from ..doctor import why_no_guest
+from ..exits import Exited, Halted, Outcome, Shutdown, Stopped
+from ..loops import run as run_on_loop
+from ..machine import Machine
+from .board import build_board
+from .console import StandardConsole
+from .image import KINDS, PC_KINDS, ImageChoice, read_image
+from .reports import EXIT_ERROR, EXIT_TIMEOUT, explain, say, show_statistics
+
+__all__ = ["run"]
+
+STATISTICS = ("text", "json")
+MODES = ("real16", "prot32", "long64", "user64")
+
+
+class Number(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since 8.2
+    """A whole number, in decimal or, with 0x, in hexadecimal."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(value, 0) if isinstance(value, str) else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number; write it like 4096 or 0x1000", param, ctx)
+
+
+class RunCommand(click.Command):
+    """Lets ``--stats`` stand alone, also right before the image."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        followers = [*args[1:], ""]
+        args = [
+            "--stats=text" if arg == "--stats" and follower not in STATISTICS else arg
+            for arg, follower in zip(args, followers, strict=True)
+        ]
+        return super().parse_args(ctx, args)
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """The options as typed."""
+
+    image: ImageChoice
+    memory: str
+    vcpus: int
+    cpu: str
+    irqchip: str | None
+    timeout: float | None
+    until: str | None
+    stats: str | None
+    verbose: bool
+
+
+@attrs.frozen(kw_only=True)
+class Ending:
+    """How it ended: the exit status, a line for standard error, and details on request."""
+
+    status: int
+    message: str | None = None
+    details: str = ""
+
+
+@click.command(
+    cls=RunCommand,
+    epilog="""
+\b
+Examples:
+  kvmaio run /usr/share/seabios/bios.bin --kind firmware --until "No bootable device"
+  printf '\\272\\370\\003\\260A\\356\\364' | kvmaio run - --mode real16 --stats
+\b
+The board: UART at port 0x3f8 (irq 4), debug consoles at 0x402 and 0xe9, debug exit at 0xf4;
+for firmware and multiboot also the PC's clock with CMOS RAM, interrupt controllers and PIT.
+\b
+Exit status: 0 the guest halted or powered off, or --until was seen; the guest's own code if
+it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout; 130 Ctrl-C.
+""",
+)
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", *KINDS]),
+    default="auto",
+    show_default=True,
+    help="What the image is.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    help="Bare machine code (--kind flat), started in this mode.  [default: real16]",
+)
+@click.option(
+    "--address", type=Number(), help="Where bare machine code goes and starts.  [default: 0x1000]"
+)
+@click.option("--memory", default="64M", show_default=True, help="RAM, such as 512K, 64M or 2G.")
+@click.option(
+    "--vcpus", type=click.IntRange(min=1), default=1, show_default=True, help="Virtual CPUs."
+)
+@click.option(
+    "--cpu",
+    type=click.Choice(["auto", "kvm"]),
+    default="auto",
+    show_default=True,
+    help="What executes the guest.",
+)
+@click.option(
+    "--irqchip",
+    type=click.Choice(["none", "kernel", "split"]),
+    help="Who models interrupt controllers.  [default: kernel for firmware and multiboot]",
+)
+@click.option("--append", metavar="TEXT", help="The kernel's command line (multiboot).")
+@click.option(
+    "--initrd",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A module for the kernel (multiboot).",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End the run after this time, with exit status 124.",
+)
+@click.option("--until", metavar="TEXT", help="End the run once the console shows this text.")
+@click.option(
+    "--stats",
+    type=click.Choice(STATISTICS),
+    metavar="[text|json]",
+    help="Statistics at the end, on standard error.",
+)
+@click.option("--verbose", is_flag=True, help="Say what is done; registers with an error.")
+def run(
+    image: str,
+    kind: str,
+    mode: str | None,
+    address: int | None,
+    append: str | None,
+    initrd: str | None,
+    irqchip: str | None,
+    until: str | None,
+    **others: Any,
+) -> int:
+    """Run IMAGE, a file or a pipe (- is standard input), until its guest ends.
+
+    What the guest prints goes to standard output, what is typed goes to its
+    serial port; everything else is on standard error. Ctrl-C ends the run.
+    """
+    if mode is not None and kind not in ("auto", "flat"):
+        raise click.UsageError(f"--mode is for bare machine code; it contradicts --kind {kind}.")
+    if until == "":
+        raise click.BadParameter("the text is empty", param_hint="--until")
+    choice = ImageChoice(
+        path=image,
+        kind=None if kind == "auto" else kind,
+        mode=mode,
+        address=address,
+        append=append,
+        initrd=initrd,
+    )
+    options = Options(image=choice, irqchip=irqchip, until=until, **others)
+    found, loadable = read_image(choice)
+    if (reason := why_no_guest()) is not None:
+        say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
+        return EXIT_ERROR
+    return run_on_loop(_run(options, found, loadable))
+
+
+async def _run(options: Options, kind: str, image: Image) -> int:
+    pc = kind in PC_KINDS
+    irqchip = options.irqchip or ("kernel" if pc else "none")
+    machine = Machine(
+        memory=options.memory,
+        vcpus=options.vcpus,
+        cpu=options.cpu,
+        irqchip=None if irqchip == "none" else irqchip,
+    )
+    board = build_board(machine, pc=pc, vcpus=options.vcpus)
+    console = StandardConsole(
+        board.uart,
+        board.debug_consoles,
+        until=None if options.until is None else os.fsencode(options.until),
+        take_input=not options.image.takes_stdin,
+        stop=machine.stop,
+    )
+    async with machine:
+        boot = machine.load(image)
+        if options.verbose:
+            say(f"{kind} image {options.image.path} on {machine!r}, {options.image.mode or kind}")
+        await console.connect()
+        ending = Ending(status=EXIT_ERROR)
+        try:
+            with console.keyboard(), _Terminable() as terminable:
+                ending = await _ending(machine, boot, options, console)
+            if terminable.signal is not None:
+                ending = Ending(status=128 + terminable.signal)
+        finally:
+            # A run that was ended from outside does not wait for a reader that is stuck.
+            await console.close(patient=ending.status not in (EXIT_ERROR, EXIT_TIMEOUT))
+            console.finish_line()
+            if ending.message:
+                say(ending.message)
+            if options.verbose and ending.details:
+                click.echo(ending.details, err=True)
+            if options.stats:
+                show_statistics(machine.stats, options.stats)
+    return ending.status
+
+
+async def _ending(
+    machine: Machine, boot: BootState, options: Options, console: StandardConsole
+) -> Ending:
+    """Run the machine; how it ended."""
+    try:
+        async with asyncio.timeout(options.timeout) as limit:
+            outcome = await machine.run()
+    except TimeoutError as error:
+        if not limit.expired():
+            return _failure(error, machine)
+        at = ", ".join(f"{cpu.name} at rip {cpu.context.rip:#x}" for cpu in machine.vcpus)
+        message = f"no end after {options.timeout:g} s ({at}); --timeout gives it longer"
+        return Ending(status=EXIT_TIMEOUT, message=message, details=machine.dump())
+    except Exception as error:
+        return _failure(error, machine)
+    if console.was_seen:
+        return Ending(status=0)
+    if console.is_gone:
+        return Ending(status=EXIT_ERROR, message="nobody reads standard output any more")
+    return _by_outcome(outcome, machine, boot)
+
+
+def _by_outcome(outcome: Outcome, machine: Machine, boot: BootState) -> Ending:
+    match outcome:
+        case Halted() | Stopped(reason="powered off"):
+            return Ending(status=0)
+        case Exited(code):
+            return Ending(status=code)
+        case Shutdown(dump):
+            fault = None
+            if boot.fault_frame is not None:
+                fault = FaultFrame.read(machine.memory, boot.fault_frame)
+            at = f"; the fault was {fault}" if fault else ""
+            return Ending(
+                status=EXIT_ERROR,
+                message=f"the guest shut down: a triple fault{at}; --verbose shows its registers",
+                details=dump,
+            )
+        case _:
+            return Ending(status=EXIT_ERROR, message=f"the guest stopped: {outcome}")
+
+
+def _failure(error: BaseException, machine: Machine) -> Ending:
+    status, message = explain(error)
+    return Ending(status=status, message=message, details=machine.dump())
+
+
+class _Terminable:
+    """While it is entered, SIGTERM and SIGHUP end the block in good order, as Ctrl-C does.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> _Terminable:
+        self._task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._terminate, number)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+        if self.signal is None or kind is not asyncio.CancelledError:
+            return False
+        assert self._task is not None
+        return self._task.uncancel() == 0  # nobody else wants it cancelled
+
+    def _terminate(self, number: int) -> None:
+        if self.signal is None and self._task is not None:
+            self.signal = number
+            self._task.cancel()
