@@ -1,0 +1,61 @@
+"""The examples: each runs, prints what it promises, and its code is what its comments say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from assembler import have_tools
+
+from kvmaio.assembler import assemble
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TIME_LIMIT_S = 50
+
+PROMISED = {
+    "hello_serial": r"""
+        the guest printed  Hello from the guest!
+        it ended with      Halted\(\)
+        it took            22 exits: 21 I/O, 1 halt
+    """,
+    "countdown_timer": r"""
+        (\d+\.\d\d s  \*
+        ){5}Halted\(\): 5 interrupts woke the guest, \d halts
+    """,
+    "device_that_awaits": r"""
+        .*the guest reads; its device asks the service
+        tick 1
+        .*Halted\(\): the guest read \[20, 21, 22\] degrees
+    """,
+}
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PROMISED)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", PROMISED)
+def test_example_prints_what_it_promises(name):
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"],
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT_S,
+    )
+    assert (result.stderr, result.returncode) == ("", 0)
+    promised = "\n".join(line.strip() for line in PROMISED[name].strip().splitlines())
+    assert re.fullmatch(promised + "\n", result.stdout, re.DOTALL), result.stdout
+
+
+@pytest.mark.skipif(not have_tools(), reason="needs GNU as and ld (package binutils)")
+@pytest.mark.parametrize("name", PROMISED)
+def test_code_is_what_the_comments_say(name):
+    """A line is ``"e450"  # label: instruction  # remark``."""
+    source = (EXAMPLES / f"{name}.py").read_text()
+    listing = re.findall(r'^    "([0-9a-f]+)"  #(.*)$', source, re.MULTILINE)
+    code = b"".join(bytes.fromhex(digits) for digits, _ in listing)
+    assert code == assemble(*(text.partition("#")[0].strip() for _, text in listing))
