@@ -20,6 +20,7 @@ How the package is laid out, in the order in which one may want to read it:
 from .bus import Bus, Unmapped
 from .cpu import Context, CpuState
 from .device import Device
+from .doorbell import Doorbell
 from .errors import (
     CheckpointError,
     ConfigurationError,
@@ -34,7 +35,7 @@ from .irq import IrqLine
 from .loops import run
 from .machine import Machine
 from .memory import GuestMemory
-from .registers import Access, Register
+from .registers import Access, Register, SharedRegister
 from .vcpu import VCpu, VCpuState, current_vcpu
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Context",
     "CpuState",
     "Device",
+    "Doorbell",
     "EmulationFailure",
     "EndRun",
     "Exited",
@@ -57,6 +59,7 @@ __all__ = [
     "Machine",
     "Outcome",
     "Register",
+    "SharedRegister",
     "Shutdown",
     "Stopped",
     "UnmappedAccess",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
@@ -51,10 +52,13 @@ class LoopClock:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        # Both asyncio's and uvloop's time is CLOCK_MONOTONIC, but uvloop's is a cached number
+        # of milliseconds. A loop with a time of its own has `time_ns`.
+        self._time_ns: Callable[[], int] = getattr(loop, "time_ns", time.monotonic_ns)
 
     @property
     def now_ns(self) -> int:
-        return round(self._loop.time() * 1e9)
+        return self._time_ns()
 
     def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
         return self._loop.call_at(deadline_ns / 1e9, callback)

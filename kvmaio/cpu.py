@@ -174,6 +174,8 @@ class PostedWrite:
     address: int
     size: int
     value: int
+    time_ns: int | None = None
+    """When the guest made it (CLOCK_MONOTONIC); None where nobody looked."""
 
 
 class CpuModel(Protocol):
@@ -238,10 +240,13 @@ class CpuModel(Protocol):
         """Make an NMI pending."""
 
     def has_posted(self) -> bool:
-        """Were writes batched before the present exit?"""
+        """Were writes batched, or may doorbells have rung, before the present exit?"""
 
     def posted(self) -> Iterator[PostedWrite]:
         """Take these writes, oldest first."""
+
+    def ring_doorbells(self) -> bool:
+        """Deliver the doorbells that rang; did any?"""
 
     def dump(self) -> str:
         """All registers as text."""

@@ -39,6 +39,9 @@ class Device:
     _readers: ClassVar[dict[int, tuple[Register[Any], ...]]] = {}
     _writers: ClassVar[dict[int, tuple[Register[Any], ...]]] = {}
 
+    posted_time_ns: int | None = None
+    """Set by the bus while a timed posted write is handled; see `write_time_ns`."""
+
     name: str
     irq: IrqLine
     clock: Clock
@@ -67,11 +70,19 @@ class Device:
         device.clock = StoppedClock()
         device.alarm = Alarm(device.clock)
         for register in cls.registers:
-            device.__dict__[register.name] = register.typed(register.reset)
+            register.power_on(device)
         return device
 
     def __init__(self) -> None:
         pass
+
+    @property
+    def write_time_ns(self) -> int:
+        """When the guest made the write that is being handled, in guest nanoseconds.
+
+        For a register posted as ``"timed"`` that is earlier than now.
+        """
+        return self.clock.now_ns if self.posted_time_ns is None else self.posted_time_ns
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:
         """Answer a read of `size` (1, 2, 4 or 8) bytes at `offset` into the window.
@@ -100,7 +111,7 @@ class Device:
         """Return to the state after power-on. Extend it for state outside registers."""
         self.alarm.reset()
         for register in self.registers:
-            self.__dict__[register.name] = register.typed(register.reset)
+            register.power_on(self)
 
     def update(self) -> None:
         """Derive status and interrupt from state; called after each write, reset and load."""

@@ -1,8 +1,9 @@
-"""`Machine`: the composition root. Memory, buses, interrupt lines, devices, vCPUs, and their runs."""
+"""`Machine`: the composition root. Memory, buses, lines, devices, vCPUs, and their runs."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from .bus import Bus, Unmapped
 from .clock import LoopClock
 from .device import Device
 from .errors import ConfigurationError, HostError
-from .exits import EndRun, Halted, HypercallExit, Outcome, Stopped, VmExit
+from .exits import EndRun, Halted, Outcome, Stopped, VmExit
 from .irq import IrqLine
 from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
+from .registers import Register, SharedRegister
 from .service import HypercallHandler
 from .stats import MachineStatistics
 from .suspension import foreign_cancellation, is_own_cancellation
@@ -120,7 +122,7 @@ class Machine:
         self._hypercall: HypercallHandler | None = None
         self._lines: dict[int, IrqLine] = {}
         self._names: Counter[str] = Counter()
-        self._posted: list[tuple[int, int, bool]] = []
+        self._declared: list[tuple[Device, Register[Any], int, bool]] = []
         self._platform: Platform | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -130,6 +132,7 @@ class Machine:
         self._ending: Outcome | BaseException | None = None
         self._unlocated: BaseException | None = None
         self._over = asyncio.Event()
+        self._flush_now = asyncio.Event()
         self._build_ram(parse_size(memory))
 
     def _build_ram(self, size: int) -> None:
@@ -155,8 +158,8 @@ class Machine:
             for model in platform.create_cpus(self._vcpu_count):
                 self.vcpus.append(self._make_vcpu(model))
             platform.set_cpuid(self._cpuid or "emulator-safe")
-            for zone in self._posted:
-                platform.coalesce(*zone)
+            for declared in self._declared:
+                self._take_fast_path(platform, *declared)
             for number, line in self._lines.items():
                 line.connect(self._irq_sink(platform, number))
         except BaseException:
@@ -251,7 +254,9 @@ class Machine:
         if any(device is other for other in self.devices.values()):
             raise ConfigurationError(f"{device.name} is attached already")
         if mmio is not None and (region := self.memory.overlapping(mmio, device.size)):
-            raise ConfigurationError(f"cannot map {device.name} at mmio {mmio:#x}: {region} is there")
+            raise ConfigurationError(
+                f"cannot map {device.name} at mmio {mmio:#x}: {region} is there"
+            )
         line = None if irq is None else self.irq(irq)
         try:
             if pio is not None:
@@ -266,8 +271,8 @@ class Machine:
         device.irq.name = f"{device.name}.irq"
         if line is not None:
             device.irq.connect(line.input())
-        self._coalesce_posted(device, pio, is_pio=True)
-        self._coalesce_posted(device, mmio, is_pio=False)
+        self._declare_fast_paths(device, pio, is_pio=True)
+        self._declare_fast_paths(device, mmio, is_pio=False)
         if self._loop is not None:
             self._give_clock(device)
         if self._has_run:
@@ -285,6 +290,15 @@ class Machine:
                 line.connect(self._irq_sink(self._platform, number))
             self._lines[number] = line
         return line
+
+    def irqfd(self, number: int) -> int:
+        """An eventfd, each write of 1 to which (``os.eventfd_write``) is an edge on line `number`.
+
+        From any thread, or another process that is handed the descriptor, without
+        a call into the engine. It is closed with the machine. Needs
+        ``irqchip="kernel"``.
+        """
+        return self._opened().irqfd(number)
 
     @property
     def hypercall(self) -> HypercallHandler | None:
@@ -375,7 +389,7 @@ class Machine:
     @exit_traced.setter
     def exit_traced(self, sink: Callable[[VCpu, VmExit], None] | None) -> None:
         self._exit_traced = sink
-        self.watches_exits = sink is not None or bool(self._posted)
+        self.watches_exits = sink is not None or bool(self._declared)
 
     @property
     def is_running(self) -> bool:
@@ -424,7 +438,7 @@ class Machine:
             self._spawn(vcpu.live(), f"{self.name}.{vcpu.name}")
         for device in list(self.devices.values()):
             self._start_device(device)
-        if self._posted:
+        if any(register.posted for _, register, _, _ in self._declared):
             self._spawn(self._flush_posted(), f"{self.name}.posted")
 
     def _start_device(self, device: Device) -> None:
@@ -456,7 +470,10 @@ class Machine:
 
     async def _flush_posted(self) -> None:
         while True:
-            await asyncio.sleep(POSTED_FLUSH_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POSTED_FLUSH_S):
+                    await self._flush_now.wait()
+            self._flush_now.clear()
             try:
                 await self.vcpus[0].flush_posted()
             except EndRun as end:
@@ -516,16 +533,49 @@ class Machine:
 
         return drive
 
-    def _coalesce_posted(self, device: Device, base: int | None, *, is_pio: bool) -> None:
+    def _declare_fast_paths(self, device: Device, base: int | None, *, is_pio: bool) -> None:
         if base is None:
             return
         for register in device.registers:
-            if register.posted:
-                zone = (base + register.offset, register.size, is_pio)
-                self._posted.append(zone)
+            if register.posted or register.doorbell or isinstance(register, SharedRegister):
+                declared = (device, register, base + register.offset, is_pio)
+                self._declared.append(declared)
                 self.watches_exits = True
                 if self._platform is not None:
-                    self._platform.coalesce(*zone)
+                    self._take_fast_path(self._platform, *declared)
+
+    def _take_fast_path(
+        self,
+        platform: Platform,
+        device: Device,
+        register: Register[Any],
+        address: int,
+        is_pio: bool,
+    ) -> None:
+        """Tell the platform how a register's accesses may be served faster than by an exit."""
+        if isinstance(register, SharedRegister):
+            cell = platform.share(address, register.size, is_pio)
+            if cell is not None:
+                register.use_cell(device, cell)
+        if register.doorbell:
+            platform.add_doorbell(
+                address,
+                register.size,
+                is_pio,
+                lambda count: device.__dict__[register.name].ring(count),
+                self._doorbell_rang,
+            )
+        elif register.posted:
+            platform.post(address, register.size, is_pio, register.timed)
+
+    def _doorbell_rang(self) -> None:
+        if self.posted_lock.locked():
+            return  # a flush is under way, and ends with the doorbells
+        model = self.vcpus[0].model
+        if any(register.posted for _, register, _, _ in self._declared):
+            self._flush_now.set()
+        else:
+            model.ring_doorbells()
 
     def _give_clock(self, device: Device) -> None:
         device.clock = self.clock

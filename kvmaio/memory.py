@@ -189,7 +189,8 @@ class GuestMemory:
             )
         if base % PAGE_SIZE or size % PAGE_SIZE or base < 0:
             raise ConfigurationError(
-                f"{kind} of {size:#x} bytes at {base:#x}: base and size must be multiples of {PAGE_SIZE}"
+                f"{kind} of {size:#x} bytes at {base:#x}: "
+                f"base and size must be multiples of {PAGE_SIZE}"
             )
         if (other := self.overlapping(base, size)) is not None:
             raise ConfigurationError(
@@ -237,4 +238,3 @@ class GuestMemory:
         return ConfigurationError(
             f"{size} bytes at {address:#x} are not all in memory; the machine has {have}"
         )
-

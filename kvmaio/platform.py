@@ -35,8 +35,27 @@ class Platform(Protocol):
     def irq_sink(self, number: int) -> Callable[[bool], None] | None:
         """What follows interrupt line `number`; None: the engine injects."""
 
-    def coalesce(self, address: int, size: int, is_pio: bool) -> None:
+    def post(self, address: int, size: int, is_pio: bool, timed: bool) -> None:
         """Batch the guest's writes there, where the host can."""
+
+    def share(self, address: int, size: int, is_pio: bool) -> Any:
+        """Answer reads there from the array of one 64-bit word that is returned, or None."""
+
+    def add_doorbell(
+        self,
+        address: int,
+        size: int,
+        is_pio: bool,
+        ring: Callable[[int], None],
+        rung: Callable[[], None],
+    ) -> None:
+        """Count writes there instead of leaving the guest, where the host can.
+
+        `rung` is called when there are some; delivering them calls `ring` with how many.
+        """
+
+    def irqfd(self, number: int) -> int:
+        """An eventfd, each write of 1 to which is an edge on interrupt line `number`."""
 
     def close(self) -> None:
         """Give everything back; the CPU models are closed before."""

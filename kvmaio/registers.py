@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
+from .doorbell import Doorbell
 from .errors import ConfigurationError
 
-__all__ = ["Access", "Register"]
+__all__ = ["Access", "Register", "SharedRegister"]
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Any])
@@ -50,8 +51,11 @@ class Register(Generic[T]):
         bits: the width: 8, 16, 32 or 64.
         reset: the value after power-on and reset.
         posted: a write needs no answer before the guest goes on, so that KVM
-            may batch it. Order among all accesses of the guest is kept.
-        doorbell: writes only ring: their values are not wanted.
+            may batch it. Order among all accesses of the guest is kept, and a write
+            arrives within 5 ms. ``"timed"``: each also carries the time at which the
+            guest made it, `Device.write_time_ns`, at the cost of an exit within C.
+        doorbell: writes only ring: their values are not wanted, and the attribute is
+            a `Doorbell`, an asynchronous iterator of how often it rang.
         when: a predicate on the device; the register is there only while it
             is true (banked registers, such as those behind a UART's DLAB).
 
@@ -67,7 +71,7 @@ class Register(Generic[T]):
         *,
         bits: int = 8,
         reset: int = 0,
-        posted: bool = False,
+        posted: bool | Literal["timed"] = False,
         doorbell: bool = False,
         when: Callable[[Any], bool] | None = None,
     ) -> None:
@@ -85,13 +89,16 @@ class Register(Generic[T]):
             raise ConfigurationError(
                 f"a read-only register at {offset:#x} cannot be posted or a doorbell"
             )
+        if doorbell and when is not None:
+            raise ConfigurationError(f"a doorbell at {offset:#x} cannot be banked (`when`)")
         self.offset = offset
         self.type = type
         self.access = access
         self.bits = bits
         self.size = bits // 8
         self.reset = reset
-        self.posted = posted
+        self.posted = bool(posted)
+        self.timed = posted == "timed"
         self.doorbell = doorbell
         self.when = when
         self.name = f"register_{offset:x}"
@@ -125,6 +132,14 @@ class Register(Generic[T]):
         self.write_handler = handler
         return handler
 
+    def power_on(self, device: object) -> None:
+        """Give the register its reset value."""
+        self.store(device, Doorbell() if self.doorbell else self.typed(self.reset))
+
+    def store(self, device: object, value: Any) -> None:
+        """Set the register's value on `device`."""
+        device.__dict__[self.name] = value
+
     def typed(self, value: int) -> Any:
         """`value` cut to the register's width and converted to its type."""
         value &= self.mask
@@ -141,7 +156,7 @@ class Register(Generic[T]):
 
     def read(self, device: object) -> int | Awaitable[int]:
         """The guest reads the whole register."""
-        if self.access is Access.W:
+        if self.access is Access.W or self.doorbell:
             return 0
         if self.read_handler is not None:
             return self.read_handler(device)
@@ -153,8 +168,50 @@ class Register(Generic[T]):
             return None
         if self.write_handler is not None:
             return self.write_handler(device, self.typed(value))
-        device.__dict__[self.name] = self.typed(value)
+        if self.doorbell:
+            device.__dict__[self.name].ring()
+        else:
+            self.store(device, self.typed(value))
         return None
 
     def __repr__(self) -> str:
         return f"<Register {self.name} at {self.offset:#x}, {self.bits} bits, {self.access.value}>"
+
+
+class SharedRegister(Register[T]):
+    """A register whose reads are answered from a cell, without Python where the CPU model can.
+
+    For status registers that a guest polls: the device assigns to the attribute as
+    ever, and the assignment updates the cell. So there is no `on_read` handler.
+    A read while posted writes of the guest are still on their way waits for these.
+    """
+
+    _CELLS = "_shared_cells"
+
+    def __set__(self, instance: object, value: T) -> None:
+        self.store(instance, value)
+
+    # With __set__ beside it, __get__ comes before the instance's __dict__.
+    @overload
+    def __get__(self, instance: None, owner: type) -> SharedRegister[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> SharedRegister[T] | T:
+        if instance is None:
+            return self
+        value: T = instance.__dict__[self.name]
+        return value
+
+    def on_read(self, handler: H) -> H:
+        raise ConfigurationError(f"{self.name} is a SharedRegister: its reads reach no handler")
+
+    def store(self, device: object, value: Any) -> None:
+        device.__dict__[self.name] = value
+        cell = device.__dict__.get(self._CELLS, {}).get(self.name)
+        if cell is not None:
+            cell[0] = int(value) & self.mask
+
+    def use_cell(self, device: object, cell: Any) -> None:
+        """Keep `cell`, an array of one 64-bit word, at the register's value from now on."""
+        device.__dict__.setdefault(self._CELLS, {})[self.name] = cell
+        self.store(device, device.__dict__[self.name])

@@ -92,14 +92,19 @@ class Service:
         return self._others.get(reason, self._unexpected)()
 
     async def flush(self, lock: asyncio.Lock) -> None:
-        """Serve the batched writes, in order and undisturbed."""
+        """Serve the batched writes in order and undisturbed, then the doorbells.
+
+        A doorbell means that there is something to look at: it must not come
+        before the writes that put it there; that it may come late is its nature.
+        """
         async with lock:
             for write in self._vcpu.model.posted():
-                self._vcpu.stats.numCoalescedMMIO += 1
-                bus = self._pio if write.is_pio else self._mmio
-                pending = bus.begin_write(write.address, write.size, write.value)
+                self._stats.numCoalescedMMIO += 1
+                pending = (self._pio if write.is_pio else self._mmio).begin_posted(write)
                 if pending is not None:
                     await pending
+            if self._vcpu.model.ring_doorbells():
+                await asyncio.sleep(0)  # the device's task hears of it before what comes next
 
     async def posted_first(self, lock: asyncio.Lock) -> None:
         """Serve the batched writes that came before the exit, then the exit."""
@@ -244,4 +249,3 @@ _ALSO_COMPLETED = frozenset({Reason.HYPERCALL, Reason.X86_RDMSR, Reason.X86_WRMS
 
 async def _store(value: Awaitable[int], words: Any, index: int) -> None:
     words[index] = await value
-

@@ -44,7 +44,7 @@ def drive(awaitable: Awaitable[T]) -> T | Suspended[T]:
         waiting_for = next(rest)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
-    return Suspended(rest, waiting_for)  # type: ignore[arg-type]
+    return Suspended(rest, waiting_for)
 
 
 def is_own_cancellation() -> bool:

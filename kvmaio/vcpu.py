@@ -386,7 +386,7 @@ class VCpu:
         return self._service.describe_registers()
 
     async def flush_posted(self) -> None:
-        """Serve writes that lie in the ring while no exit comes."""
+        """Serve batched writes and doorbells while no exit comes."""
         if self.model.has_posted():
             await self._service.flush(self._owner.posted_lock)
 

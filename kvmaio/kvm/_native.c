@@ -218,6 +218,9 @@ static void execute(kvmaio_vcpu *vcpu)
 		int error = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? errno : 0;
 		vcpu->entries++;
 		if (!error) {
+			/* A kick or the timer still counts: its signal is pending. */
+			if (vcpu->fast && kvmaio_fast_serve(vcpu->fast, page))
+				continue;
 			outcome = KVMAIO_EXIT;
 			break;
 		}

@@ -8,6 +8,8 @@
 #ifndef KVMAIO_NATIVE_H
 #define KVMAIO_NATIVE_H
 
+#include "_fast.h"
+
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -81,6 +83,8 @@ typedef struct kvmaio_vcpu {
 
 	_Atomic(struct kvmaio_resident *) resident; /* whose thread runs it; NULL: its own */
 	int resident_run;                 /* a run has begun there and not ended */
+
+	kvmaio_fast *fast; /* what C answers itself, or NULL; set while outside of the guest */
 
 	struct kvmaio_vcpu *next; /* in the hub's list */
 	kvmaio_hub *hub;

@@ -12,6 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
+SOURCES = ("_native.c", "_resident.c", "_fast.c", "_measure.c")
 
 IOCTLS = """
 KVM_GET_API_VERSION KVM_CREATE_VM KVM_CHECK_EXTENSION KVM_GET_VCPU_MMAP_SIZE KVM_GET_SUPPORTED_CPUID
@@ -164,8 +165,19 @@ CORE = """
 #define KVMAIO_TIMER ...
 #define KVMAIO_LATER ...
 typedef struct kvmaio_hub { int fd; uint64_t wakeups; ...; } kvmaio_hub;
+typedef struct kvmaio_posted {
+    uint64_t address, value; int64_t time_ns; uint32_t size, is_pio;
+} kvmaio_posted;
+typedef struct kvmaio_fast { uint64_t served; ...; } kvmaio_fast;
+int kvmaio_fast_create(struct kvm_run *run_page, uint32_t ring_offset, kvmaio_fast **out);
+void kvmaio_fast_destroy(kvmaio_fast *fast);
+int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell);
+int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
+int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out);
+int kvmaio_fast_has_posted(kvmaio_fast *fast);
+uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);
 typedef struct kvmaio_vcpu {
-    int fd; struct kvm_run *page; size_t page_size; int outcome; int64_t executed_ns;
+    kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome; int64_t executed_ns;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);
@@ -209,11 +221,9 @@ ffibuilder.cdef(
 ffibuilder.set_source(
     "kvmaio.kvm._native",
     '#include "_native.h"',
-    sources=[
-        os.path.relpath(HERE / name) for name in ("_native.c", "_resident.c", "_measure.c")
-    ],
+    sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[str(HERE)],
-    depends=[str(HERE / "_native.h"), str(HERE / "_internal.h")],
+    depends=[str(path) for path in HERE.glob("_*.h")],
     extra_compile_args=["-O2", "-Wall", "-Wextra"],
     libraries=["pthread", "rt"],
     py_limited_api=True,

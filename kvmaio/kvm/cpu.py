@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
 from ..cpu import Context, CpuState, EntryResult, PostedWrite
@@ -15,11 +15,14 @@ from . import state
 from ._native import ffi, lib
 from .context import context_from, get_context, set_context
 from .cpuid import CpuidEntry
+from .gate import check
 from .hub import Hub
 from .promotion import Promotion
 from .resident import Residents
-from .gate import check
 from .vm import KvmVm
+
+if TYPE_CHECKING:
+    from .fast import FastPaths
 
 __all__ = ["KvmCpu"]
 
@@ -88,10 +91,7 @@ class KvmCpu:
             4: ffi.cast("uint32_t *", raw),
         }
         self.mmio_word = ffi.cast("uint64_t *", self.page.mmio.data)
-        ring_page = hub.kvm.capability(lib.KVM_CAP_COALESCED_MMIO)
-        self._ring = ffi.cast("struct kvm_coalesced_mmio_ring *", raw + ring_page * 4096)
-        entry_size = ffi.sizeof("struct kvm_coalesced_mmio")
-        self._ring_length = (4096 - ffi.sizeof("struct kvm_coalesced_mmio_ring")) // entry_size
+        self.fast: FastPaths | None = None
         self._arrival = Arrival(hub.loop)
         self._inside = False
         self._promotion = Promotion(hub.costs)
@@ -249,19 +249,13 @@ class KvmCpu:
     # ---- batched writes -----------------------------------------------------------
 
     def has_posted(self) -> bool:
-        """Are there writes in the ring?"""
-        ring = self._ring
-        return bool(ring.first != ring.last)
+        return self.fast is not None and self.fast.has_posted()
 
     def posted(self) -> Iterator[PostedWrite]:
-        ring = self._ring
-        while (first := ring.first) != ring.last:
-            entry = ring.coalesced_mmio[first]
-            value = int.from_bytes(ffi.buffer(entry.data, entry.len), "little")
-            write = PostedWrite(bool(entry.pio), entry.phys_addr, entry.len, value)
-            # Given back before it is served: the device may fail, the write was taken.
-            ring.first = (first + 1) % self._ring_length
-            yield write
+        return iter(()) if self.fast is None else self.fast.posted()
+
+    def ring_doorbells(self) -> bool:
+        return self.fast is not None and self.fast.ring_doorbells()
 
     # ---- the end --------------------------------------------------------------------
 

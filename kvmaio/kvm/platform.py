@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..memory import GuestMemory
 from . import cpuid
 from ._native import lib
 from .cpu import KvmCpu
+from .fast import FastPaths
 from .hub import Hub
 from .vm import KvmVm
 
@@ -28,6 +30,8 @@ class KvmPlatform:
     def __init__(self, irqchip: str | None) -> None:
         self._irqchip = irqchip
         self._cpus: list[KvmCpu] = []
+        self._fast: FastPaths | None = None
+        self._irqfds: list[int] = []
         self.hub = Hub.acquire()
         try:
             self.vm = KvmVm(self.hub.kvm)
@@ -78,15 +82,53 @@ class KvmPlatform:
                 'interrupt lines need an IOAPIC, and with irqchip="split" there is none; '
                 'use irqchip="kernel" or signal MSIs'
             )
-        if number >= GSIS:
-            raise ConfigurationError(f"interrupt line {number}: KVM's IOAPIC has 0 to {GSIS - 1}")
+        self._check_line(number)
         return lambda level: self.vm.irq_line(number, level)
 
-    def coalesce(self, address: int, size: int, is_pio: bool) -> None:
-        needed = lib.KVM_CAP_COALESCED_PIO if is_pio else lib.KVM_CAP_COALESCED_MMIO
-        if self.hub.kvm.capability(needed):  # without it every write is an exit: the same, slower
-            self.vm.coalesce(address, size, is_pio)
+    def post(self, address: int, size: int, is_pio: bool, timed: bool) -> None:
+        self._fast_paths().post(address, size, is_pio, timed)
+
+    def share(self, address: int, size: int, is_pio: bool) -> Any:
+        return self._fast_paths().share(address, size, is_pio)
+
+    def add_doorbell(
+        self,
+        address: int,
+        size: int,
+        is_pio: bool,
+        ring: Callable[[int], None],
+        rung: Callable[[], None],
+    ) -> None:
+        self._fast_paths().add_doorbell(address, size, is_pio, ring, rung)
+
+    def _fast_paths(self) -> FastPaths:
+        if self._fast is None:
+            self._fast = FastPaths(self.vm, self._cpus, self.hub.loop)
+        return self._fast
+
+    def irqfd(self, number: int) -> int:
+        if self._irqchip != "kernel":
+            raise ConfigurationError('an irqfd needs KVM\'s interrupt controller: irqchip="kernel"')
+        self._check_line(number)
+        eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.vm.irqfd(eventfd, number)
+        except BaseException:
+            os.close(eventfd)
+            raise
+        self._irqfds.append(eventfd)
+        return eventfd
+
+    def _check_line(self, number: int) -> None:
+        if not 0 <= number < GSIS:
+            raise ConfigurationError(f"interrupt line {number}: KVM's IOAPIC has 0 to {GSIS - 1}")
 
     def close(self) -> None:
+        if self._fast is not None:
+            self._fast.close()
+            self._fast = None
+        for eventfd in self._irqfds:
+            os.close(eventfd)
+        self._irqfds.clear()
         self.vm.close()
         self.hub.release()

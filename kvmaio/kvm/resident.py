@@ -11,6 +11,7 @@ import asyncio
 import selectors
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._native import ffi, lib
@@ -51,11 +52,11 @@ class Residents:
 
     def __init__(self, hub: Hub, costs: Costs) -> None:
         self._loop = hub.loop
-        selector = getattr(hub.loop, "_selector", None)
-        watched = isinstance(selector, selectors.EpollSelector)
-        self.slice_ns = SLICE_NS if watched else UNWATCHED_SLICE_NS
+        found = getattr(hub.loop, "_selector", None)
+        selector = found if isinstance(found, selectors.EpollSelector) else None
+        self.slice_ns = UNWATCHED_SLICE_NS if selector is None else SLICE_NS
         out = ffi.new("kvmaio_resident **")
-        poll_fd = selector.fileno() if isinstance(selector, selectors.EpollSelector) else -1
+        poll_fd = -1 if selector is None else selector.fileno()
         check(
             lib.kvmaio_resident_create(hub.handle, poll_fd, costs.budget_ns, self.slice_ns, out),
             "timer_create",
@@ -65,10 +66,10 @@ class Residents:
         self.count = 0
         self._last_turn_ns = 0
         self._turns: Turns
-        if watched:
-            self._turns = SelectorTurns(self, hub.loop, selector)
-        else:
+        if selector is None:
             self._turns = SliceTurns(self, hub.loop)
+        else:
+            self._turns = SelectorTurns(self, hub.loop, selector)
 
     @property
     def kind(self) -> str:
@@ -150,9 +151,9 @@ class SelectorTurns:
         self._residents = residents
         self._loop = loop
         self._selector: Any = selector
-        self._poll = selector.select
+        self._poll: Callable[[float | None], list[tuple[Any, int]]] = selector.select
         # On the instance: this loop's selector only, and `del` restores it.
-        self._selector.select = self._select
+        self._selector.select = self._select  # type: ignore[method-assign]
 
     def parked(self) -> None:
         pass  # the loop comes to its selector by itself
