@@ -83,22 +83,27 @@ def _bits(*numbers: int) -> int:
 
 _ALL = 0xFFFFFFFF
 
-# (function, index, register) -> features that KVM's instruction emulator lacks, with those
-# that build on them. A guest's kernel is run by it on PVM.
+# (function, index, register) -> features whose instructions KVM's emulator cannot execute, or
+# executes wrongly (LZCNT, TZCNT), and what builds on them. On PVM it runs the guest's kernel, and
+# kernels choose instructions by these bits. Each was tried there, in real and in 64-bit mode.
 _NOT_EMULATED: dict[tuple[int, int, str], int] = {
-    # FMA, CX16, MOVBE, POPCNT, XSAVE, OSXSAVE, AVX, F16C, RDRAND
-    (1, 0, "ecx"): _bits(12, 13, 22, 23, 26, 27, 28, 29, 30),
-    # BMI1, AVX2, BMI2, RTM, AVX-512 F and DQ, RDSEED, ADX, AVX-512 IFMA, CLWB, AVX-512 PF, ER, CD,
-    # SHA, AVX-512 BW and VL
-    (7, 0, "ebx"): _bits(3, 5, 8, 11, 16, 17, 18, 19, 21, 24, 26, 27, 28, 29, 30, 31),
+    # SSE3, PCLMULQDQ, MONITOR, SSSE3, FMA, CX16, SSE4.1, SSE4.2, MOVBE, POPCNT, AES, XSAVE,
+    # OSXSAVE, AVX, F16C, RDRAND
+    (1, 0, "ecx"): _bits(0, 1, 3, 9, 12, 13, 19, 20, 22, 23, 25, 26, 27, 28, 29, 30),
+    # BMI1, AVX2, BMI2, INVPCID, RTM, AVX-512 F and DQ, RDSEED, ADX, SMAP (STAC, CLAC), AVX-512
+    # IFMA, CLWB, AVX-512 PF, ER, CD, SHA, AVX-512 BW and VL
+    (7, 0, "ebx"): _bits(3, 5, 8, 10, 11, 16, 17, 18, 19, 20, 21, 24, 26, 27, 28, 29, 30, 31),
     # AVX-512 VBMI, PKU, OSPKE, WAITPKG, VBMI2, CET_SS, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG,
-    # VPOPCNTDQ, CLDEMOTE, MOVDIRI, MOVDIR64B
-    (7, 0, "ecx"): _bits(1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 25, 27, 28),
-    # AVX-512 4VNNIW, 4FMAPS and VP2INTERSECT, AMX and FP16
-    (7, 0, "edx"): _bits(2, 3, 8, 22, 23, 24, 25),
+    # VPOPCNTDQ, RDPID, CLDEMOTE, MOVDIRI, MOVDIR64B, ENQCMD
+    (7, 0, "ecx"): _bits(1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 22, 25, 27, 28, 29),
+    # AVX-512 4VNNIW and 4FMAPS, UINTR, AVX-512 VP2INTERSECT, MD_CLEAR (VERW), PCONFIG, CET_IBT,
+    # AMX BF16, FP16, TILE and INT8
+    (7, 0, "edx"): _bits(2, 3, 5, 8, 10, 18, 20, 22, 23, 24, 25),
     (7, 1, "eax"): _ALL,  # AVX-VNNI, AVX-512 BF16, and what came later
     (7, 1, "edx"): _ALL,
-    (0x80000001, 0, "ecx"): _bits(5, 11, 15, 16, 21),  # ABM (LZCNT), XOP, LWP, FMA4, TBM
+    (0x80000001, 0, "ecx"): _bits(5, 11, 15, 16, 21, 29),  # LZCNT, XOP, LWP, FMA4, TBM, MONITORX
+    (0x80000001, 0, "edx"): _bits(27),  # RDTSCP
+    (0x80000008, 0, "ebx"): _bits(0),  # CLZERO
 }
 # Leaves that only describe features masked above: XSAVE, AMX, AVX10.
 _NOT_EMULATED_LEAVES = {0xD, 0x1D, 0x1E, 0x24}
@@ -106,22 +111,21 @@ _NOT_EMULATED_LEAVES = {0xD, 0x1D, 0x1E, 0x24}
 # What the software CPU has: a mask of features by register; a leaf's other registers are no
 # feature words and stay. No AVX, FMA, PCID, x2APIC or TSC deadline.
 _COMMON: dict[tuple[int, int, str], int] = {
-    # SSE3, PCLMULQDQ, MONITOR, SSSE3, SSE4.1, SSE4.2, AES, hypervisor
-    (1, 0, "ecx"): _bits(0, 1, 3, 9, 19, 20, 25, 31),
+    (1, 0, "ecx"): _bits(31),  # a hypervisor is present; the rest is not emulator-safe
     # FPU, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFLUSH,
     # ACPI, MMX, FXSR, SSE, SSE2, SS, HTT
     (1, 0, "edx"): _bits(
-        *(0, 2 + 1, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 22, 23, 24, 25, 26, 27, 28)
+        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 22, 23, 24, 25, 26, 27, 28)
     ),
-    (7, 0, "ebx"): _bits(0, 7, 9, 20, 23),  # FSGSBASE, SMEP, ERMS, SMAP, CLFLUSHOPT
+    (7, 0, "ebx"): _bits(0, 7, 9, 23),  # FSGSBASE, SMEP, ERMS, CLFLUSHOPT
     (7, 0, "ecx"): 0,
     (7, 0, "edx"): 0,
     (6, 0, "eax"): 0,  # thermal and power management
     (0xA, 0, "eax"): 0,  # no performance counters
     (0x80000001, 0, "ecx"): _bits(0, 1, 4),  # LAHF in long mode, CMP_LEGACY, CR8 as LOCK MOV CR0
-    # as leaf 1, then SYSCALL, NX, FXSR, 1-GB pages, RDTSCP, long mode
+    # as leaf 1, then SYSCALL, NX, FXSR, 1-GB pages, long mode
     (0x80000001, 0, "edx"): _bits(
-        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 26, 27, 29)
+        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 26, 29)
     ),
     (0x80000007, 0, "edx"): _bits(8),  # invariant TSC
     (0x80000008, 0, "ebx"): 0,

@@ -76,15 +76,18 @@ def test_emulator_safe_hides_what_the_emulator_lacks():
     lzcnt, xop, fma4 = 5, 11, 16
     assert not any(has(safe[0x80000001, 0].ecx, lzcnt, xop, fma4))
     assert (safe[7, 1].eax, safe[7, 1].edx) == (0, 0)
+    smap = 20  # its STAC and CLAC surround every access to user memory
+    assert not any(has(safe[7, 0].ebx, smap))
     assert not any(function == 0xD for function, _ in safe)
 
 
 def test_emulator_safe_keeps_what_a_64_bit_kernel_needs():
     safe = table("emulator-safe")
-    sse3, x2apic, hypervisor = 0, 21, 31
-    assert all(has(safe[1, 0].ecx, sse3, x2apic, hypervisor))
+    pcid, x2apic, hypervisor = 17, 21, 31
+    assert all(has(safe[1, 0].ecx, pcid, x2apic, hypervisor))
     assert safe[1, 0].edx | 1 << 28 == 0xFFFFFFFF
-    assert safe[0x80000001, 0].edx == 0xFFFFFFFF
+    rdtscp = 27
+    assert safe[0x80000001, 0].edx == 0xFFFFFFFF ^ 1 << rdtscp
 
 
 def test_emulator_safe_masks_the_kvm_signature():
