@@ -58,9 +58,9 @@ def test_cr8_and_apic_base_are_carried(vcpu):
 
 
 def test_reading_into_a_context_does_not_tell_its_owner(vcpu):
-    told = []
+    told: list[str] = []
     context = Context()
-    context.notify(lambda: told.append(True))
+    context.notify(told.append)
     state.read_context(vcpu.fd, context)
     assert told == [] and context.rip == 0xFFF0
 
