@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from assembler import have_tools
 
 from kvmaio.assembler import assemble
+from tests.assembler import have_tools
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TIME_LIMIT_S = 50

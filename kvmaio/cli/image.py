@@ -58,7 +58,7 @@ def read_image(choice: ImageChoice) -> tuple[str, Image]:
             "the image is to come from standard input, and that is a terminal; "
             "give a file, or pipe the image in"
         )
-    data = read_source("/dev/stdin" if choice.path == "-" else choice.path, "image", LARGEST_FILE)
+    data = _read(choice.path)
     kind = choice.kind or ("flat" if choice.mode else _detect(choice.path, data))
     _check_fits(choice, kind)
     make: dict[str, Callable[[], Image]] = {
@@ -74,6 +74,15 @@ def read_image(choice: ImageChoice) -> tuple[str, Image]:
         ),
     }
     return kind, make[kind]()
+
+
+def _read(path: str) -> bytes:
+    if path != "-":
+        return read_source(path, "image", LARGEST_FILE)
+    # Not by opening /dev/stdin: a pipe made by another user refuses that.
+    with os.fdopen(STDIN, "rb", closefd=False) as stdin:
+        data = stdin.read(LARGEST_FILE + 1)
+    return read_source(data, "the image from standard input", LARGEST_FILE)
 
 
 def _detect(path: str, data: bytes) -> str:

@@ -1,0 +1,104 @@
+"""``kvmaio doctor``: facts, their words, and what they lead to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import kvmaio.kvm.host
+from kvmaio import doctor
+from kvmaio.cli.doctor import render
+from kvmaio.doctor import Capability, Report, Tool
+from kvmaio.trials import Measurement, ModeResult
+
+KVMAIO = Path(sys.executable).parent / "kvmaio"
+MODES = ["real16", "prot32", "long64", "user64"]
+
+
+def words(report: Report) -> str:
+    """The rendered report, with its white space evened out."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        for part in render(report):
+            console.print(part)
+    return " ".join(capture.get().split())
+
+
+@pytest.mark.kvm
+def test_json_has_every_fact_of_this_host():
+    result = subprocess.run([KVMAIO, "doctor", "--json"], capture_output=True, timeout=50)
+    assert (result.returncode, result.stderr) == (0, b"")
+    facts = json.loads(result.stdout)
+    assert facts["can_run"] is True
+    assert facts["problem"] is None
+    assert facts["api_version"] == 12
+    assert facts["kind"] in ("VMX", "SVM", "PVM")
+    assert [mode["mode"] for mode in facts["modes"]] == MODES
+    assert [cost["name"] for cost in facts["costs"]] == ["exit", "device", "kick"]
+    assert all(cost["microseconds"] > 0 for cost in facts["costs"])
+    assert {"IRQCHIP", "READONLY_MEM"} <= {
+        capability["name"] for capability in facts["capabilities"]
+    }
+    assert {tool["name"] for tool in facts["tools"]} >= {"C core", "uvloop", "GNU as", "SeaBIOS"}
+
+
+@pytest.mark.kvm
+def test_modes_are_found_out_by_trying():
+    found = {mode.mode: mode.how for mode in doctor.examine().modes}
+    kernel = "emulated" if kvmaio.kvm.host.kvm_kind() == "PVM" else "native"
+    assert found == {"real16": kernel, "prot32": kernel, "long64": kernel, "user64": "native"}
+
+
+@pytest.mark.kvm
+def test_text_says_what_emulated_means_where_it_matters():
+    report = doctor.examine()
+    text = words(report)
+    assert text.startswith("yes guests can run here")
+    emulates = any(mode.how == "emulated" for mode in report.modes)
+    assert ("instructions one by one" in text) == emulates
+
+
+def test_without_kvm_it_says_what_to_do(monkeypatch):
+    reason = "open /dev/kvm: No such file or directory [ENOENT]; there is no KVM here: load kvm_amd"
+    monkeypatch.setattr(kvmaio.kvm.host, "usable", lambda: reason)
+    report = doctor.examine()
+    assert (report.can_run, report.modes, report.costs) == (False, [], [])
+    assert words(report).startswith(f"no no guest can run here. {reason}")
+
+
+def test_without_its_c_core_it_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvmaio.kvm.host", None)
+    report = doctor.examine()
+    assert report.problem is not None
+    assert "C core is not built" in report.problem
+    assert "install kvmaio with a C compiler" in report.problem
+
+
+def test_every_lack_has_its_words():
+    report = Report(
+        kind="VMX",
+        api_version=12,
+        max_vcpus=8,
+        modes=[
+            ModeResult("real16", "boot code", "emulated", 1_500_000),
+            ModeResult("user64", "programs", "fails", problem="KVM_RUN: Invalid argument"),
+        ],
+        costs=[Measurement("kick", None, "leaving", "no result in 2 s")],
+        capabilities=[Capability("IRQFD", 0, "interrupts by descriptor")],
+        tools=[Tool("uvloop", None, False, "a faster loop", "pip install uvloop")],
+    )
+    text = words(report)
+    for expected in (
+        "real16 emulated, 1.5 M insn/s boot code",
+        "user64 fails: KVM_RUN: Invalid argument",
+        "kick not measured: no result in 2 s",
+        "no IRQFD interrupts by descriptor",
+        "missing here comes with a newer kernel",
+        "no uvloop (optional) a faster loop: pip install uvloop",
+    ):
+        assert expected in text
