@@ -100,17 +100,19 @@ NO_ERRORS = Lsr(0)
 CHARACTER_ERRORS = Lsr.PARITY_ERROR | Lsr.FRAMING_ERROR | Lsr.BREAK
 LINE_ERRORS = CHARACTER_ERRORS | Lsr.OVERRUN
 CHANGES = Msr.DCTS | Msr.DDSR | Msr.TERI | Msr.DDCD
+LOOP = int(Mcr.LOOP)
+IDLE = int(Lsr.HOLDING_EMPTY | Lsr.TRANSMITTER_EMPTY)
 READY = Msr.CTS | Msr.DSR | Msr.DCD  # a peer that is switched on
 # The loopback wiring: an output of MCR -> the line of MSR that follows it.
 LOOPBACK = ((Mcr.RTS, Msr.CTS), (Mcr.DTR, Msr.DSR), (Mcr.OUT1, Msr.RI), (Mcr.OUT2, Msr.DCD))
 
 
 def _dlab(uart: Uart16550) -> bool:
-    return Lcr.DLAB in uart.lcr
+    return bool(int(uart.lcr) & 0x80)
 
 
 def _no_dlab(uart: Uart16550) -> bool:
-    return Lcr.DLAB not in uart.lcr
+    return not int(uart.lcr) & 0x80
 
 
 class Uart16550(Console):
@@ -225,8 +227,9 @@ class Uart16550(Console):
     def transmit(self, byte: int) -> Awaitable[None] | None:
         if self._thr_empty_pending:
             self._thr_empty_pending = False
-            self.update()  # the line falls before it rises again: an edge for the PIC
-        if Mcr.LOOP in self.mcr:
+            if self.irq.level:
+                self.update()  # the line falls before it rises again: an edge for the PIC
+        if int(self.mcr) & LOOP:
             self._take(byte)
         elif (pending := self.emit(bytes((byte,)))) is not None:
             return self._finish_sending(pending)
@@ -289,15 +292,18 @@ class Uart16550(Console):
             self.update()
 
     def update(self) -> None:
+        # Numbers, not flags, and nothing stored that is the same: this runs with every access.
         lines = self._modem_lines()
-        if lines != self.msr & ~CHANGES:
+        if int(self.msr) != int(lines) | int(self._modem_changes):
             self._modem_changes |= _changes(self.msr, lines)
-        self.msr = lines | self._modem_changes
-        self.lsr = self._line_status()
-        interrupt = self._interrupt()
-        self.iir = interrupt | (IIR_FIFOS_ENABLED if self._fifos_enabled else 0)
-        gate = Mcr.OUT2 in self.mcr and Mcr.LOOP not in self.mcr
-        self.irq.set(gate and interrupt is not Iir.NONE)
+            self.msr = lines | self._modem_changes
+        if (lsr := self._line_status()) != self.lsr:
+            self.lsr = Lsr(lsr)
+        interrupt = self._interrupt() if self.ier else Iir.NONE
+        self.iir = int(interrupt) | (IIR_FIFOS_ENABLED if self._fifos_enabled else 0)
+        self.irq.set(
+            interrupt is not Iir.NONE and Mcr.OUT2 in self.mcr and Mcr.LOOP not in self.mcr
+        )
 
     def reset(self) -> None:
         super().reset()
@@ -332,7 +338,7 @@ class Uart16550(Console):
 
     @property
     def _fifos_enabled(self) -> bool:
-        return Fcr.ENABLE in self.fcr
+        return bool(int(self.fcr) & 1)
 
     @property
     def _capacity(self) -> int:
@@ -353,34 +359,31 @@ class Uart16550(Console):
 
     def _interrupt(self) -> Iir:
         """The enabled interrupt of the highest priority."""
-        ier = int(self.ier)  # plain numbers: this runs with every access
-        if ier & Ier.LINE_STATUS.value and self._line_errors:
+        if self._line_errors and Ier.LINE_STATUS in self.ier:
             return Iir.LINE_STATUS
-        if ier & Ier.RECEIVED_DATA.value:
+        if self._fifo and Ier.RECEIVED_DATA in self.ier:
             if len(self._fifo) >= self._trigger_level:
                 return Iir.RECEIVED_DATA
             if self._timed_out:
                 return Iir.CHARACTER_TIMEOUT
-        if ier & Ier.TRANSMITTER_EMPTY.value and self._thr_empty_pending:
+        if self._thr_empty_pending and Ier.TRANSMITTER_EMPTY in self.ier:
             return Iir.TRANSMITTER_EMPTY
-        if ier & Ier.MODEM_STATUS.value and self._modem_changes:
+        if self._modem_changes and Ier.MODEM_STATUS in self.ier:
             return Iir.MODEM_STATUS
         return Iir.NONE
 
-    def _line_status(self) -> Lsr:
-        lsr = int(self._line_errors)
+    def _line_status(self) -> int:
+        lsr = int(self._line_errors) | (0 if self._sending else IDLE)
         if self._fifo:
-            lsr |= Lsr.DATA_READY.value
-        if not self._sending:
-            lsr |= Lsr.HOLDING_EMPTY.value | Lsr.TRANSMITTER_EMPTY.value
-        if self._fifos_enabled and (
-            lsr & CHARACTER_ERRORS.value or any(errors for _, errors in self._fifo)
-        ):
-            lsr |= Lsr.ERROR_IN_FIFO.value
-        return Lsr(lsr)
+            lsr |= Lsr.DATA_READY
+        if self._fifos_enabled:
+            broken = self._line_errors and CHARACTER_ERRORS & self._line_errors
+            if broken or any(errors for _, errors in self._fifo):
+                lsr |= Lsr.ERROR_IN_FIFO
+        return lsr
 
     def _modem_lines(self) -> Msr:
-        if Mcr.LOOP not in self.mcr:
+        if not int(self.mcr) & LOOP:
             return self._modem_inputs
         lines = Msr(0)
         for output, line in LOOPBACK:

@@ -205,6 +205,7 @@ async def test_loopback_brings_back_data_and_modem_lines():
             Msr.DCD | Msr.DDCD | Msr.TERI,
             Msr.DDCD,
         ]
+        await bus.write(MCR, 1, Mcr.LOOP | OUT2)  # inside, OUT2 drives DCD and not the gate
         await bus.write(DATA, 1, 0x5A)
         bus.device.receive(0xFF)  # the line is cut off
         assert await bus.read(IIR) == Iir.RECEIVED_DATA
