@@ -83,7 +83,9 @@ static int ring_is_empty(kvmaio_fast *fast)
 
 int kvmaio_fast_has_posted(kvmaio_fast *fast)
 {
-	return __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE) != fast->tail || !ring_is_empty(fast);
+	return !ring_is_empty(fast) ||
+	       __atomic_load_n(&fast->tail, __ATOMIC_ACQUIRE) !=
+		       __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE);
 }
 
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out)
@@ -93,8 +95,11 @@ int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out)
 	move_ring(fast);
 	if (fast->head != fast->tail) {
 		*out = fast->queue[fast->tail % KVMAIO_FAST_QUEUE];
+		__atomic_store_n(&fast->serving, 1, __ATOMIC_RELEASE);
 		__atomic_store_n(&fast->tail, fast->tail + 1, __ATOMIC_RELEASE);
 		taken = 1;
+	} else {
+		__atomic_store_n(&fast->serving, 0, __ATOMIC_RELEASE);
 	}
 	pthread_mutex_unlock(&fast->lock);
 	return taken;
@@ -145,8 +150,9 @@ static int queue_write(kvmaio_fast *fast, kvmaio_fast_entry *entry, const void *
 
 static int answer_read(kvmaio_fast *fast, kvmaio_fast_entry *entry, void *data)
 {
-	/* A write that waits may be about to change the cell. */
-	if (kvmaio_fast_has_posted(fast))
+	/* A write that waits, or that its device is just having, may be about to change the
+	 * cell. In this order: `serving` is set before the queue is seen to be empty. */
+	if (kvmaio_fast_has_posted(fast) || __atomic_load_n(&fast->serving, __ATOMIC_ACQUIRE))
 		return 0;
 	uint64_t value = __atomic_load_n(entry->cell, __ATOMIC_ACQUIRE);
 	memcpy(data, &value, entry->size);

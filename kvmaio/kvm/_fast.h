@@ -36,6 +36,7 @@ typedef struct kvmaio_fast {
 	struct kvm_coalesced_mmio_ring *ring;
 	uint32_t ring_length;
 	uint32_t head, tail; /* of the queue, free running */
+	uint32_t serving;    /* a write was taken, and its device has not had it yet */
 	kvmaio_posted queue[KVMAIO_FAST_QUEUE];
 	uint32_t entries; /* atomic: grows only */
 	kvmaio_fast_entry entry[KVMAIO_FAST_ENTRIES];
@@ -57,7 +58,8 @@ int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_p
 /* Loop's thread. The eventfd must be non-blocking. Its index, or -ENOSPC. */
 int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
 
-/* Loop's thread. Move KVM's ring into the queue and take the oldest: 1, or 0. */
+/* Loop's thread. Move KVM's ring into the queue and take the oldest: 1, or 0.
+ * The next call says that the device has had the last one. */
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out);
 
 /* Any thread; a glance. */

@@ -67,7 +67,13 @@ class KvmPlatform:
 
     def set_cpuid(self, policy: Any) -> None:
         for cpu in self._cpus:
-            entries = cpuid.select(self.hub.kvm, policy, cpu.index, len(self._cpus))
+            entries = cpuid.select(
+                self.hub.kvm,
+                policy,
+                cpu.index,
+                len(self._cpus),
+                local_apic=self._irqchip is not None,
+            )
             cpu.set_cpuid(entries)
 
     def enable_xcr0(self) -> None:
