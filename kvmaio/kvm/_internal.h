@@ -34,6 +34,12 @@ static inline struct timespec timespec_of(int64_t ns)
 	return (struct timespec){ .tv_sec = ns / NS_PER_S, .tv_nsec = ns % NS_PER_S };
 }
 
+static inline void kick_signal_set(sigset_t *set)
+{
+	sigemptyset(set);
+	sigaddset(set, KICK_SIGNAL);
+}
+
 static inline void futex_wait(_Atomic uint32_t *word, uint32_t expected,
 			      const struct timespec *timeout)
 {

@@ -59,12 +59,6 @@ int kvmaio_init(void)
 	return KICK_SIGNAL;
 }
 
-static void kick_signal_set(sigset_t *set)
-{
-	sigemptyset(set);
-	sigaddset(set, KICK_SIGNAL);
-}
-
 /* A late kick or timer must not end the next run. */
 static void discard_pending_signal(void)
 {
@@ -250,7 +244,8 @@ static void execute(kvmaio_vcpu *vcpu)
 		disarm_timer(vcpu->timer);
 		discard_pending_signal();
 	}
-	vcpu->executed_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
+	/* Added: a run that has moved here was executed elsewhere before. */
+	vcpu->executed_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
 	vcpu->outcome = outcome;
 	atomic_store(&vcpu->ended, run_id);
 }
@@ -348,7 +343,6 @@ int kvmaio_vcpu_start(kvmaio_vcpu *vcpu)
 
 void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu)
 {
-	vcpu->limit_ns = -1;
 	vcpu->in_place = 0;
 	atomic_store(&vcpu->command, GO);
 	if (atomic_load(&vcpu->asleep))
@@ -360,6 +354,7 @@ static void submit(kvmaio_vcpu *vcpu, int64_t limit_ns, int in_place)
 	/* A half entry is no run: a kick beforehand is for the run behind it. */
 	if (!in_place)
 		vcpu->run_id++;
+	vcpu->executed_ns = 0;
 	vcpu->limit_ns = limit_ns;
 	vcpu->in_place = in_place;
 	atomic_store(&vcpu->command, GO);

@@ -65,12 +65,13 @@ typedef struct kvmaio_vcpu {
 
 	/* The present request: written by the loop before `command` says GO. */
 	uint64_t run_id;
-	int64_t limit_ns; /* < 0: none; 0: half entry; else host time in the guest */
+	int64_t limit_ns; /* < 0: none; 0: half entry; else host time in the guest, or left of it */
 	int in_place;     /* the loop waits for the result itself: no arrival */
 
 	/* The result: written by the thread before `command` says IDLE. */
 	int outcome; /* enum kvmaio_outcome or -errno */
-	int64_t executed_ns;
+	int64_t executed_ns; /* host CPU time */
+	int64_t inside_ns;   /* resident only: time in KVM_RUN, halted or not */
 	uint64_t entries;    /* KVM_RUN calls so far */
 	uint64_t unrequested; /* of these, ended by an EINTR that nobody asked for */
 
@@ -138,8 +139,10 @@ void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
 
 typedef struct kvmaio_resident {
 	kvmaio_hub *hub;
-	pid_t tid;
+	_Atomic pid_t tid; /* the thread that runs the loop, at whom kicks are aimed */
+	pthread_t thread;  /* the same */
 	timer_t timer;
+	int64_t timer_ns;  /* when it fires, or fired */
 
 	int64_t budget_ns;     /* exits are answered back to back for so long */
 	int64_t budget_end_ns; /* of the present budget; 0: none */
@@ -172,20 +175,22 @@ int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
  * the same id, so that no kick meant for it is lost. */
 int kvmaio_resident_release(kvmaio_vcpu *vcpu);
 
-/* Begin a run; within the budget, enter the guest at once. KVMAIO_LATER: no
- * budget, or it is used up, or others wait: call kvmaio_resident_wait when the
- * loop has nothing else to do. */
-int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+/* Begin a run, limited as by kvmaio_vcpu_enter; within the budget, enter the guest
+ * at once. KVMAIO_LATER: no budget, or it is used up, or others wait, or there is a
+ * limit: call kvmaio_resident_wait when the loop has nothing else to do. */
+int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
 
-/* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC; 0: none):
- * run the guest until it exits, a descriptor of the loop is ready, a signal
- * comes, or the deadline. KVMAIO_LATER in the last three cases. */
+/* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC): run the
+ * guest until it exits, its limit is reached, a descriptor of the loop is ready,
+ * a signal comes, or the deadline. KVMAIO_LATER in the last three cases, and at
+ * any other time: look at everything, and call again. A run that is over keeps
+ * its outcome: it may be asked for again. */
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 
 /* A half entry on this thread; the outcome. */
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 
-/* The run's time limit has passed: it ends with KVMAIO_TIMER. */
+/* End a run without entering the guest any more. */
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
 
 /* ---- measuring -------------------------------------------------------------- */

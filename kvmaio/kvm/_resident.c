@@ -2,6 +2,7 @@
 #include "_internal.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -13,34 +14,86 @@
 
 enum watching { PARKED, WATCHING, QUIT };
 
+/* With -DKVMAIO_STRESS (see tests/resident/stress.py) a random delay between the steps of
+ * each race; nothing otherwise. */
+#ifdef KVMAIO_STRESS
+static void stress(void)
+{
+	static _Thread_local uint32_t seed;
+	if (!seed)
+		seed = (uint32_t)clock_ns(CLOCK_MONOTONIC) | 1;
+	seed = seed * 1664525 + 1013904223;
+	if (seed >> 24 < 16)
+		usleep(seed >> 8 & 0xff);
+	else if (seed >> 24 < 64)
+		sched_yield();
+}
+#define STRESS() stress()
+#else
+#define STRESS() ((void)0)
+#endif
+
 /* ---- entering ------------------------------------------------------------------
  *
  * A kick of any kind (another thread's, the timer's, the watcher's, a signal of
  * the program's) means only: leave the guest and look at everything again. What
  * must not happen is that one is missed. Each has its reason written down before
- * its signal is sent, and `enter` looks at all reasons *after* `kvmaio_here` is
- * set: an earlier signal's reason is seen there, a later signal's handler finds
+ * its signal is sent, and every reason is looked at *after* `kvmaio_here` is set:
+ * an earlier signal's reason is seen there, a later signal's handler finds
  * `kvmaio_here` and sets `immediate_exit`, at which KVM looks on every entry.
+ *
+ *   who kicks         the reason               looked at by
+ *   kvmaio_vcpu_kick  `kicked`                 is_kicked
+ *   the timer         the clock, `timer_ns`    time_is_up
+ *   the watcher       `watching` is taken back kvmaio_resident_wait
+ *   the program       in Python, out of reach  nobody: see LONGEST_WAIT_NS in resident.py
+ *
+ * The last row is why no wait is without end. A signal that Python's own handler took
+ * between the interpreter's last look and KVM_RUN, or took on another thread, leaves
+ * nothing that could be looked at here (unless `signal.set_wakeup_fd` names a descriptor
+ * of the loop, which the watcher sees).
  */
 
-/* KVM_RUN once; an outcome, or KVMAIO_LATER where it was interrupted. */
-static int enter(kvmaio_vcpu *vcpu, int half)
+enum clocks { COARSE, EXACT };
+
+static void announce(kvmaio_vcpu *vcpu)
+{
+	kvmaio_here = vcpu;
+	atomic_signal_fence(memory_order_seq_cst);
+	STRESS();
+}
+
+static void withdraw(void)
+{
+	kvmaio_here = NULL;
+	atomic_signal_fence(memory_order_seq_cst);
+}
+
+/* KVM_RUN, announced before; an outcome, or KVMAIO_LATER where it was interrupted.
+ * COARSE: the time inside counts as executed. EXACT: only what this thread worked, as a
+ * halted guest waits inside of KVM; that clock is a system call, too dear for each exit. */
+static int enter(kvmaio_vcpu *vcpu, int half, enum clocks clocks)
 {
 	struct kvm_run *page = vcpu->page;
+	int64_t worked_ns = clocks == EXACT ? clock_ns(CLOCK_THREAD_CPUTIME_ID) : 0;
 	int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
 	if (half)
 		page->immediate_exit = 1;
 	int error;
 	do {
+		STRESS();
 		error = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? errno : 0;
 		vcpu->entries++;
 		/* What C answers itself goes straight back in: `immediate_exit` still counts. */
 	} while (!error && vcpu->fast && kvmaio_fast_serve(vcpu->fast, page));
+	STRESS();
 	/* First stop the handler, then clear what it may have set. */
-	kvmaio_here = NULL;
-	atomic_signal_fence(memory_order_seq_cst);
+	withdraw();
 	*(volatile uint8_t *)&page->immediate_exit = 0;
-	vcpu->executed_ns += clock_ns(CLOCK_MONOTONIC) - started_ns;
+	int64_t inside_ns = clock_ns(CLOCK_MONOTONIC) - started_ns;
+	vcpu->inside_ns += inside_ns;
+	vcpu->executed_ns +=
+		clocks == EXACT ? clock_ns(CLOCK_THREAD_CPUTIME_ID) - worked_ns : inside_ns;
 	if (!error)
 		return KVMAIO_EXIT;
 	if (error != EINTR && error != EAGAIN)
@@ -48,15 +101,20 @@ static int enter(kvmaio_vcpu *vcpu, int half)
 	return half ? KVMAIO_INTERRUPTED : KVMAIO_LATER;
 }
 
-static void announce(kvmaio_vcpu *vcpu)
-{
-	kvmaio_here = vcpu;
-	atomic_signal_fence(memory_order_seq_cst);
-}
-
 static int is_kicked(kvmaio_vcpu *vcpu)
 {
 	return atomic_load(&vcpu->kicked) >= vcpu->run_id;
+}
+
+static void set_timer(kvmaio_resident *resident, int64_t deadline_ns)
+{
+	resident->timer_ns = deadline_ns;
+	arm_timer(resident->timer, deadline_ns);
+}
+
+static int time_is_up(kvmaio_resident *resident)
+{
+	return clock_ns(CLOCK_MONOTONIC) >= resident->timer_ns;
 }
 
 static int finish(kvmaio_vcpu *vcpu, int outcome)
@@ -79,31 +137,63 @@ static void grant_budget(kvmaio_resident *resident, int64_t now_ns)
 	resident->hits = 0;
 	if (resident->misses < MISSES_ALLOWED || ++resident->tries % RETRY == 0) {
 		resident->budget_end_ns = now_ns + resident->budget_ns;
-		arm_timer(resident->timer, resident->budget_end_ns);
+		set_timer(resident, resident->budget_end_ns);
 	} else {
 		resident->budget_end_ns = 0;
 	}
 }
 
-int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu)
+/* A loop may be stopped and go on in another thread: kicks and the timer follow it. */
+static int follow_thread(kvmaio_resident *resident)
 {
-	vcpu->run_id++;
+	pid_t tid = (pid_t)syscall(SYS_gettid);
+	sigset_t kick;
+	timer_t timer;
+
+	if (tid == atomic_load(&resident->tid))
+		return 0;
+	int error = create_thread_timer(tid, &timer);
+	if (error)
+		return error;
+	if (atomic_load(&resident->tid))
+		timer_delete(resident->timer);
+	resident->timer = timer;
+	resident->timer_ns = 0;
+	resident->budget_end_ns = 0;
+	resident->thread = pthread_self();
+	/* Blocked, it could not end KVM_RUN: nothing could. */
+	kick_signal_set(&kick);
+	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+	/* Before any look at `kicked`: who still reads the old id has written that already. */
+	atomic_store(&resident->tid, tid);
+	return 0;
+}
+
+int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns)
+{
+	/* An exception may have kept the caller from waiting for the run before: go on with it. */
+	if (!vcpu->resident_run)
+		vcpu->run_id++;
 	vcpu->executed_ns = 0;
+	vcpu->inside_ns = 0;
+	vcpu->limit_ns = limit_ns;
 	vcpu->resident_run = 1;
 	atomic_store(&vcpu->active, vcpu->run_id);
-	if (is_kicked(vcpu)) {
+	STRESS();
+	if (limit_ns == 0 || is_kicked(vcpu)) {
 		announce(vcpu);
-		return finish(vcpu, enter(vcpu, 1));
+		return finish(vcpu, enter(vcpu, 1, COARSE));
 	}
 	/* Others that have left their guests are served first. */
-	if (!resident->budget_end_ns || atomic_load(&resident->hub->arrived))
+	if (!resident->budget_end_ns || limit_ns > 0 || atomic_load(&resident->hub->arrived) ||
+	    !pthread_equal(resident->thread, pthread_self()))
 		return KVMAIO_LATER;
 	announce(vcpu);
-	if (clock_ns(CLOCK_MONOTONIC) >= resident->budget_end_ns) {
-		kvmaio_here = NULL;
+	if (time_is_up(resident)) {
+		withdraw();
 		return KVMAIO_LATER;
 	}
-	int outcome = enter(vcpu, is_kicked(vcpu));
+	int outcome = enter(vcpu, is_kicked(vcpu), COARSE);
 	if (outcome == KVMAIO_EXIT) {
 		resident->hits++;
 		resident->inlined++;
@@ -114,15 +204,26 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu)
 /* ---- waiting --------------------------------------------------------------------
  *
  * Between the loop's poll and KVM_RUN a descriptor may become ready: only the
- * watcher sees that. A Dekker pair again: the loop publishes `current` and then
- * reads `watching`; the watcher takes `watching` back and then reads `current`.
+ * watcher sees that. A Dekker pair: the loop publishes `current`, then reads
+ * `watching`; the watcher takes `watching` back, then reads `current`. So
  *
- *   - The watcher fires before the loop has read `watching`: the loop sees that
- *     nobody watches. Had it armed the watcher itself a moment ago, a descriptor
- *     *is* ready: it goes and polls. Else it takes a slice, bounded by the timer,
- *     and arms the watcher only after that: as long as exits come, no thread is
- *     woken on their behalf.
- *   - It fires later: it sees `current` and kicks.
+ *   - either the loop reads WATCHING, and whatever the watcher finds from then on
+ *     ends in a kick; `watching`, looked at again behind announce(), covers a kick
+ *     that came before `kvmaio_here` was set;
+ *   - or the loop reads PARKED: nobody watches. It takes a slice, which the timer
+ *     bounds, and goes to poll. Only after a slice without an exit does it arm the
+ *     watcher: as long as exits come, no thread is woken on their behalf. The poll
+ *     that follows sees what became ready before; the watcher what does later, if
+ *     need be before the next wait begins, which then finds PARKED once more: a
+ *     slice and a poll, and never a wait for something that has been already.
+ *
+ * The watcher stays armed while exits come, and a kick may come late, for a wait that
+ * is over: it then costs some later entry a look at everything.
+ *
+ * The timer is left alone if it fires before this wait's end: too early is a look at
+ * everything, and setting it costs as much as an exit on some hosts. Hence the look at
+ * `timer_ns`, not at the end of this wait, behind announce(): a timer that has fired
+ * already will not fire again.
  */
 
 static void *watch(void *argument)
@@ -135,14 +236,18 @@ static void *watch(void *argument)
 			futex_wait(&resident->watching, PARKED, NULL);
 		if (state == QUIT)
 			return NULL;
+		STRESS();
 		if (poll(fds, 2, -1) < 0 && errno == EINTR)
 			continue;
+		STRESS();
 		uint32_t watching = WATCHING;
 		atomic_compare_exchange_strong(&resident->watching, &watching, PARKED);
 		resident->fired++;
+		STRESS();
 		if (atomic_load(&resident->current)) {
 			resident->kicks++;
-			kvmaio_send_kick(resident->tid);
+			STRESS();
+			kvmaio_send_kick(atomic_load(&resident->tid));
 		}
 	}
 }
@@ -155,57 +260,59 @@ static void arm_watcher(kvmaio_resident *resident)
 		futex_wake(&resident->watching);
 }
 
-int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns)
+/* One entry, until `deadline_ns` at the latest. */
+static int enter_until(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns)
 {
 	const int may_watch = resident->poll_fd >= 0;
-	int armed_now = 0;
-	int outcome;
+	const int watched = may_watch && atomic_load(&resident->watching) == WATCHING;
+	const int64_t limit_ns = vcpu->limit_ns;
+	int64_t now_ns = clock_ns(CLOCK_MONOTONIC);
+	const int64_t started_ns = now_ns;
+	const int64_t slice_end_ns = now_ns + resident->slice_ns;
+	int64_t until_ns = deadline_ns;
 
-	resident->waits++;
-	for (;;) {
-		atomic_store(&resident->current, vcpu);
-		int watched = may_watch && atomic_load(&resident->watching) == WATCHING;
-		int64_t now_ns = clock_ns(CLOCK_MONOTONIC);
-		int64_t until_ns = deadline_ns;
-		if (!watched) {
-			outcome = KVMAIO_LATER;
-			if (armed_now)
-				break; /* it fired already: poll */
-			int64_t slice_end_ns = now_ns + resident->slice_ns;
-			if (!until_ns || slice_end_ns < until_ns)
-				until_ns = slice_end_ns;
-		}
-		if (until_ns) {
-			outcome = KVMAIO_LATER;
-			if (now_ns >= until_ns)
-				break;
-			arm_timer(resident->timer, until_ns);
-		}
-		announce(vcpu);
-		/* The timer's reason is the clock; looked at after announcing. */
-		if (until_ns && clock_ns(CLOCK_MONOTONIC) >= until_ns) {
-			kvmaio_here = NULL;
-			break;
-		}
-		/* The watcher's is `watching`. */
-		if (watched && atomic_load(&resident->watching) != WATCHING) {
-			kvmaio_here = NULL;
-			outcome = KVMAIO_LATER;
-			break;
-		}
-		outcome = enter(vcpu, is_kicked(vcpu));
+	if (!watched && slice_end_ns < until_ns)
+		until_ns = slice_end_ns;
+	if (limit_ns > 0 && now_ns + limit_ns < until_ns)
+		until_ns = now_ns + limit_ns;
+	if (now_ns >= until_ns)
+		return KVMAIO_LATER;
+	if (resident->timer_ns <= now_ns || resident->timer_ns > until_ns)
+		set_timer(resident, until_ns);
+	announce(vcpu);
+	if (time_is_up(resident) || (watched && atomic_load(&resident->watching) != WATCHING)) {
+		withdraw();
+	} else {
+		int outcome = enter(vcpu, is_kicked(vcpu), EXACT);
 		if (outcome != KVMAIO_LATER)
-			break;
-		now_ns = clock_ns(CLOCK_MONOTONIC);
-		if (deadline_ns && now_ns >= deadline_ns)
-			break;
-		if (watched || !may_watch || now_ns < until_ns)
-			break; /* the watcher, a signal, or a kick: look at everything */
-		/* A whole slice without an exit: from now on somebody watches. */
+			return outcome;
+	}
+	now_ns = clock_ns(CLOCK_MONOTONIC);
+	if (limit_ns > 0) {
+		vcpu->limit_ns -= now_ns - started_ns;
+		if (vcpu->limit_ns <= 0)
+			return KVMAIO_TIMER;
+	}
+	/* A whole slice without an exit, and time left: from now on somebody watches. */
+	if (may_watch && !watched && now_ns >= slice_end_ns && slice_end_ns < deadline_ns) {
 		resident->slices++;
 		arm_watcher(resident);
-		armed_now = 1;
 	}
+	return KVMAIO_LATER;
+}
+
+int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns)
+{
+	/* The run is over, but an exception kept the caller from taking note. */
+	if (!vcpu->resident_run)
+		return vcpu->outcome;
+	int outcome = follow_thread(resident);
+	if (outcome)
+		return finish(vcpu, outcome);
+	resident->waits++;
+	atomic_store(&resident->current, vcpu);
+	STRESS();
+	outcome = enter_until(resident, vcpu, deadline_ns);
 	atomic_store(&resident->current, NULL);
 	/* A budget that was under way has lost its timer to this wait. */
 	if (outcome == KVMAIO_EXIT)
@@ -220,7 +327,7 @@ int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu)
 	/* Without a run id of its own: a kick beforehand is for the run behind it. */
 	vcpu->executed_ns = 0;
 	announce(vcpu);
-	return enter(vcpu, 1);
+	return enter(vcpu, 1, COARSE);
 }
 
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu)
@@ -238,11 +345,10 @@ int kvmaio_resident_create(kvmaio_hub *hub, int poll_fd, int64_t budget_ns, int6
 		return -ENOMEM;
 	memset(resident, 0, sizeof *resident);
 	resident->hub = hub;
-	resident->tid = (pid_t)syscall(SYS_gettid);
 	resident->poll_fd = poll_fd;
 	resident->budget_ns = budget_ns;
 	resident->slice_ns = slice_ns;
-	int error = create_thread_timer(resident->tid, &resident->timer);
+	int error = follow_thread(resident);
 	if (error)
 		goto failed;
 	if (poll_fd >= 0) {

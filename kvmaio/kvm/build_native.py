@@ -177,7 +177,8 @@ int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out);
 int kvmaio_fast_has_posted(kvmaio_fast *fast);
 uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);
 typedef struct kvmaio_vcpu {
-    kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome; int64_t executed_ns;
+    kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
+    int64_t executed_ns, inside_ns;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);
@@ -205,7 +206,7 @@ void kvmaio_resident_destroy(kvmaio_resident *resident);
 int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 int kvmaio_resident_release(kvmaio_vcpu *vcpu);
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
-int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);

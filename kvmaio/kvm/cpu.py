@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
@@ -96,11 +95,10 @@ class KvmCpu:
         self._inside = False
         self._promotion = Promotion(hub.costs)
         self._residents: Residents | None = None
-        self._waiting_since_ns = 0
-        self.limit_end_ns = 0  # CLOCK_MONOTONIC, of a run on the loop's thread; 0: none
         self._sync_left = 0
         self._page_has_registers = False
-        self._lock = Lock()  # kicks come from any thread, and must not meet close()
+        # Kicks come from any thread, and must not meet close(); from a signal's handler, too.
+        self._lock = RLock()
 
     # ---- entering -------------------------------------------------------------
 
@@ -115,14 +113,11 @@ class KvmCpu:
     def _enter_resident(self, limit_ns: int | None) -> EntryResult | None:
         residents = self._residents
         assert residents is not None
-        if limit_ns == 0:
-            return self._result(lib.kvmaio_resident_half_entry(self.handle))
-        outcome = lib.kvmaio_resident_enter(residents.handle, self.handle)
+        limit_ns = -1 if limit_ns is None else limit_ns
+        outcome = lib.kvmaio_resident_enter(residents.handle, self.handle, limit_ns)
         if outcome != lib.KVMAIO_LATER:
             return self._result(outcome)
         self._inside = True
-        self._waiting_since_ns = time.monotonic_ns()
-        self.limit_end_ns = self._waiting_since_ns + limit_ns if limit_ns else 0
         residents.park(self)
         return None
 
@@ -185,21 +180,23 @@ class KvmCpu:
 
     def still_waiting(self) -> None:
         """Called between waits on the loop's thread: a quiet guest moves back out."""
-        if not self.limit_end_ns and self._promotion.is_quiet(self._waiting_since_ns):
+        if self._promotion.is_quiet(self.handle.inside_ns):
             self._move_out()
 
     def _may_move_in(self) -> bool:
         if not self._promotion.exits_often() or not self._hub.residents.has_room():
             return False
-        self._residents = self._hub.residents
-        self._residents.move_in(self)
+        residents = self._hub.residents
+        residents.move_in(self)
+        self._residents = residents
         self._promotion.moved()
         return True
 
     def _move_out(self) -> None:
-        residents, self._residents = self._residents, None
+        residents = self._residents
         if residents is not None:
             residents.move_out(self)
+            self._residents = None
             self._promotion.moved()
 
     # ---- state ------------------------------------------------------------------

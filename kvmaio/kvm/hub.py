@@ -7,6 +7,7 @@ guests costs the loop one wake-up. The hub lives as long as a machine uses it.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from ._native import ffi, lib
@@ -34,7 +35,9 @@ class Hub:
         self._tags = ffi.new("uint32_t[]", _BATCH)
         self._cpus: dict[int, KvmCpu] = {}
         self._next_tag = 0
+        self._arrived: deque[int] = deque()  # collected, and not delivered yet
         try:
+            self.costs = Costs.measured(self.kvm)
             check(lib.kvmaio_init(), "sigaction")
             out = ffi.new("kvmaio_hub **")
             check(lib.kvmaio_hub_create(out), "eventfd")
@@ -42,7 +45,6 @@ class Hub:
             self.kvm.close()
             raise
         self.handle = out[0]
-        self.costs = Costs.measured(self.kvm)
         self._residents: Residents | None = None
         loop.add_reader(self.handle.fd, self._collect)
 
@@ -98,23 +100,28 @@ class Hub:
     def remove(self, tag: int) -> None:
         """Take back `add()`; its arrival, if one is still listed, is dropped."""
         self._cpus.pop(tag, None)
-        # The caller is a task, and an arrival runs its vCPU's task: not from in here.
-        for other in self._take():
-            self.loop.call_soon(self._deliver, other)
+        self._take()
+        if self._arrived and not self.loop.is_closed():
+            # The caller is a task, and an arrival runs its vCPU's task: not from in here.
+            self.loop.call_soon(self._deliver)
 
     def _collect(self) -> None:
-        for tag in self._take():
-            self._deliver(tag)
+        self._take()
+        self._deliver()
 
-    def _deliver(self, tag: int) -> None:
-        cpu = self._cpus.get(tag)
-        if cpu is not None:
-            cpu.arrived()
+    def _deliver(self) -> None:
+        arrived = self._arrived
+        try:
+            while arrived:
+                cpu = self._cpus.get(arrived.popleft())
+                if cpu is not None:
+                    cpu.arrived()
+        finally:
+            if arrived:  # a KeyboardInterrupt ends the loop's run, not the guests'
+                self.loop.call_soon(self._deliver)
 
-    def _take(self) -> list[int]:
-        count = lib.kvmaio_hub_collect(self.handle, self._tags, _BATCH)
-        tags: list[int] = ffi.unpack(self._tags, count)
+    def _take(self) -> None:
+        count = _BATCH
         while count == _BATCH:
             count = lib.kvmaio_hub_collect(self.handle, self._tags, _BATCH)
-            tags += ffi.unpack(self._tags, count)
-        return tags
+            self._arrived.extend(ffi.unpack(self._tags, count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from threading import Lock
 from typing import Self
 
 import attrs
@@ -31,10 +32,11 @@ class Costs:
     def measured(cls, kvm: Kvm) -> Self:
         """The costs on this host; the first call takes 5 to 60 ms, the others nothing."""
         global _measured
-        if _measured is None:
-            out = ffi.new("int64_t[2]")
-            check(lib.kvmaio_measure(kvm.fd, kvm.vcpu_page_size, out, out + 1), "KVM_RUN")
-            _measured = (out[0], out[1])
+        with _measuring:  # loops of two threads may begin together
+            if _measured is None:
+                out = ffi.new("int64_t[2]")
+                check(lib.kvmaio_measure(kvm.fd, kvm.vcpu_page_size, out, out + 1), "KVM_RUN")
+                _measured = (out[0], out[1])
         return cls(*_measured)
 
     @property
@@ -49,6 +51,7 @@ class Costs:
 
 
 _measured: tuple[int, int] | None = None
+_measuring = Lock()
 
 BUDGET_EXITS = 80
 OFTEN_EXITS = 50
@@ -84,15 +87,19 @@ class Promotion:
         self._count = 0
         return took_ns < OFTEN_WITHIN_NS and self._may_move(now_ns)
 
-    def is_quiet(self, waiting_since_ns: int) -> bool:
-        """Called between waits on the loop's thread: should it move out?"""
-        now_ns = time.monotonic_ns()
-        return now_ns - waiting_since_ns > QUIET_NS and self._may_move(now_ns)
+    def is_quiet(self, inside_ns: int) -> bool:
+        """Called between waits on the loop's thread: should it move out?
+
+        Args:
+            inside_ns: how long it has been in its guest without an exit. Not how long ago
+                the last exit was: a loop that was busy with something else is no reason.
+        """
+        return inside_ns > QUIET_NS and self._may_move(time.monotonic_ns())
 
     def moved(self) -> None:
         """It has moved, in or out."""
         self.moves += 1
-        self._last_move_ns = time.monotonic_ns()
+        self._last_move_ns = self._since_ns = time.monotonic_ns()
         self._count = 0
 
     def _may_move(self, now_ns: int) -> bool:

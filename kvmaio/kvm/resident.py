@@ -33,6 +33,13 @@ SLICE_NS = 200_000
 UNWATCHED_SLICE_NS = 500_000
 """The same on loops whose descriptors cannot be watched."""
 
+SLICE_EXITS = 16
+"""No slice is shorter than so many exits: on a slow host it would be over before the guest runs."""
+
+LONGEST_WAIT_NS = 25_000_000
+"""A signal whose handler is Python's, and that came on another thread or just before the guest
+was entered, has nobody to kick for it; `select()` itself has this gap."""
+
 OWED_AFTER_NS = 1_000_000
 """A loop that always has something to do gives the guest a slice this often."""
 
@@ -54,7 +61,8 @@ class Residents:
         self._loop = hub.loop
         found = getattr(hub.loop, "_selector", None)
         selector = found if isinstance(found, selectors.EpollSelector) else None
-        self.slice_ns = UNWATCHED_SLICE_NS if selector is None else SLICE_NS
+        shortest_ns = UNWATCHED_SLICE_NS if selector is None else SLICE_NS
+        self.slice_ns = max(shortest_ns, SLICE_EXITS * costs.exit_ns)
         out = ffi.new("kvmaio_resident **")
         poll_fd = -1 if selector is None else selector.fileno()
         check(
@@ -87,51 +95,55 @@ class Residents:
 
     def move_out(self, cpu: KvmCpu) -> None:
         """Back to its native thread; a run that waits goes on there."""
-        self.count -= 1
-        if cpu in self.waiting:
-            self.waiting.remove(cpu)
         check(lib.kvmaio_resident_release(cpu.handle), "KVM_SET_SIGNAL_MASK")
+        self._leave(cpu)
 
     def forget(self, cpu: KvmCpu, handle: Any) -> None:
         """`cpu` is about to end; it is outside of its guest."""
+        self._leave(cpu)
+        lib.kvmaio_resident_expire(handle)  # or the run would go on on the native thread
+        check(lib.kvmaio_resident_release(handle), "KVM_SET_SIGNAL_MASK")
+
+    def _leave(self, cpu: KvmCpu) -> None:
         self.count -= 1
         if cpu in self.waiting:
             self.waiting.remove(cpu)
-        lib.kvmaio_resident_expire(handle)  # or the run would go on on the native thread
-        check(lib.kvmaio_resident_release(handle), "KVM_SET_SIGNAL_MASK")
 
     def park(self, cpu: KvmCpu) -> None:
         """`cpu` waits for the loop's thread to have time for it."""
         self.waiting.append(cpu)
         self._turns.parked()
 
-    def is_owed_a_turn(self) -> bool:
+    def is_owed_a_turn(self, now_ns: int) -> bool:
         """Has a loop that is always busy kept the guests waiting long enough?"""
-        return time.monotonic_ns() - self._last_turn_ns > OWED_AFTER_NS
+        return now_ns - self._last_turn_ns > OWED_AFTER_NS
 
-    def turn(self, deadline_ns: int) -> KvmCpu | None:
-        """Run the guest that waits longest; returns its vCPU if its run ended.
+    def turn(self, now_ns: int, deadline_ns: int) -> KvmCpu | None:
+        """Run the guest that waits longest; returns its vCPU if its run ended: `deliver()` it.
 
         Args:
-            deadline_ns: CLOCK_MONOTONIC; 0 is none.
+            deadline_ns: CLOCK_MONOTONIC, as `now_ns` is.
         """
         cpu = self.waiting[0]
         if len(self.waiting) > 1:
-            slice_end_ns = time.monotonic_ns() + self.slice_ns
-            deadline_ns = min(deadline_ns, slice_end_ns) if deadline_ns else slice_end_ns
+            deadline_ns = min(deadline_ns, now_ns + self.slice_ns)
             self.waiting.rotate(-1)
-        if cpu.limit_end_ns:
-            deadline_ns = min(deadline_ns, cpu.limit_end_ns) if deadline_ns else cpu.limit_end_ns
         outcome = lib.kvmaio_resident_wait(self.handle, cpu.handle, deadline_ns)
-        self._last_turn_ns = time.monotonic_ns()
-        if outcome == lib.KVMAIO_LATER:
-            if cpu.limit_end_ns and self._last_turn_ns >= cpu.limit_end_ns:
-                lib.kvmaio_resident_expire(cpu.handle)
-            else:
-                cpu.still_waiting()
-                return None
-        self.waiting.remove(cpu)
-        return cpu
+        ended_ns = time.monotonic_ns()
+        if outcome != lib.KVMAIO_LATER:
+            self._last_turn_ns = ended_ns
+            return cpu
+        # Less is none: a loop with a timer every few microseconds would starve the guest.
+        if ended_ns - now_ns >= self.slice_ns // 2:
+            self._last_turn_ns = ended_ns
+        cpu.still_waiting()
+        return None
+
+    def deliver(self, cpu: KvmCpu) -> None:
+        """Tell `cpu` that its run has ended; once, even if an exception made it be asked again."""
+        if cpu in self.waiting and not lib.kvmaio_vcpu_is_running(cpu.handle):
+            self.waiting.remove(cpu)
+            cpu.arrived()
 
     def close(self) -> None:
         """Nobody lives here any more."""
@@ -152,35 +164,42 @@ class SelectorTurns:
         self._loop = loop
         self._selector: Any = selector
         self._poll: Callable[[float | None], list[tuple[Any, int]]] = selector.select
+        self._ours = self._select
         # On the instance: this loop's selector only, and `del` restores it.
-        self._selector.select = self._select  # type: ignore[method-assign]
+        self._selector.select = self._ours  # type: ignore[method-assign]
 
     def parked(self) -> None:
         pass  # the loop comes to its selector by itself
 
     def close(self) -> None:
-        del self._selector.select
+        # Somebody may have put a wrapper of his own around ours: then it stays, and only polls.
+        if vars(self._selector).get("select") is self._ours:
+            del self._selector.select
 
     def _select(self, timeout: float | None = None) -> list[tuple[Any, int]]:
         residents = self._residents
         if not residents.waiting:
             return self._poll(timeout)
         events = self._poll(0)
+        now_ns = time.monotonic_ns()
+        owed_ns = residents.slice_ns if residents.is_owed_a_turn(now_ns) else 0
         if events or (timeout is not None and timeout <= 0):
-            if residents.is_owed_a_turn():
-                self._turn(time.monotonic_ns() + residents.slice_ns)
+            if owed_ns:
+                self._turn(now_ns, now_ns + owed_ns)
             return events
-        deadline_ns = 0 if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
-        if self._turn(deadline_ns):
+        wait_ns = LONGEST_WAIT_NS
+        if timeout is not None:
+            wait_ns = min(wait_ns, max(int(timeout * 1e9), owed_ns))
+        if self._turn(now_ns, now_ns + wait_ns):
             return events
         return self._poll(0)
 
-    def _turn(self, deadline_ns: int) -> bool:
-        cpu = self._residents.turn(deadline_ns)
+    def _turn(self, now_ns: int, deadline_ns: int) -> bool:
+        cpu = self._residents.turn(now_ns, deadline_ns)
         if cpu is None:
             return False
         # Not at once: the loop is in its selector, and runs callbacks after that.
-        self._loop.call_soon(cpu.arrived)
+        self._loop.call_soon(self._residents.deliver, cpu)
         return True
 
 
@@ -205,8 +224,11 @@ class SliceTurns:
         self._next = None
         if not residents.waiting:
             return
-        cpu = residents.turn(time.monotonic_ns() + residents.slice_ns)
-        if cpu is not None:
-            cpu.arrived()
-        if residents.waiting and self._next is None:
-            self._next = self._loop.call_soon(self._turn)
+        try:
+            now_ns = time.monotonic_ns()
+            cpu = residents.turn(now_ns, now_ns + residents.slice_ns)
+            if cpu is not None:
+                residents.deliver(cpu)
+        finally:  # a KeyboardInterrupt ends the loop's run, not the guest's
+            if residents.waiting:
+                self.parked()
