@@ -1,0 +1,55 @@
+"""The pages: their Python blocks run, print what the page says, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: language and text."""
+    return FENCED.findall(page.read_text())
+
+
+def with_python(pages: list[Path]) -> list[Path]:
+    return [page for page in pages if any(language == "python" for language, _ in blocks(page))]
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: page.name)
+def test_python_blocks_run(page, capsys):
+    """Blocks of one page share their names; a text block right after one is what it prints."""
+    names: dict[str, object] = {"__name__": page.stem}
+    followers = [*blocks(page)[1:], ("", "")]
+    for (language, code), (next_language, expected) in zip(blocks(page), followers, strict=True):
+        if language != "python":
+            continue
+        exec(compile(code, page.name, "exec"), names)
+        printed = capsys.readouterr().out
+        assert printed == (expected if next_language == "text" else "")
+    for name, test in names.items():
+        if name.startswith("test_") and inspect.iscoroutinefunction(test):
+            asyncio.run(test())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    """Paths in backquotes, as `devices/uart16550.py`."""
+    paths = re.findall(
+        r"`((?:devices|docs|examples|kvmaio|tests|tools)/[\w./-]+)`", page.read_text()
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
