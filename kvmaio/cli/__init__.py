@@ -1,4 +1,4 @@
-"""The command line: ``kvmaio run``, ``demo`` and ``doctor``.
+"""The command line: ``kvmaio run``, ``demo``, ``doctor`` and ``bench``.
 
 ============  ==================================================================
 `run`         the options of ``kvmaio run``, and one run from start to exit status
@@ -7,6 +7,7 @@
 `console`     the guest's consoles on standard output and input
 `reports`     errors in one line, statistics as a table
 `doctor`      the facts of `kvmaio.doctor` as text or JSON
+`bench`       the figures of `kvmaio.bench` as tables or JSON
 ============  ==================================================================
 
 Each command returns its exit status; `main()` turns what it raises into one.
@@ -25,6 +26,7 @@ import click
 from .. import __version__
 from ..doctor import why_no_guest
 from ..errors import KvmaioError
+from .bench import bench
 from .doctor import doctor
 from .reports import EXIT_INTERRUPTED, explain, say
 from .run import run
@@ -55,6 +57,7 @@ def demo() -> int:
 
 commands.add_command(run)
 commands.add_command(doctor)
+commands.add_command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

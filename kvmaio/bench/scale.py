@@ -1,0 +1,139 @@
+"""Many machines on one loop, and two that compete."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from .guests import GUESTS, AsyncDevice, Raw, Storm, model_of, storming
+from .harness import Bench, Gate, Row, figure
+
+__all__ = ["measure"]
+
+COUNTS = (1, 10, 100, 500)
+QUICK_COUNTS = (1, 10)
+SETTLE_S = 0.03
+"""Machines that have just begun to run find their places."""
+
+_GUEST = GUESTS["pio write"]
+_NO_END = 1 << 62
+
+
+async def measure(bench: Bench) -> AsyncIterator[Row]:
+    """All of them storm, with async handlers; against raw loops on one and on all processors."""
+    async with _all_processors(bench) as raws:
+        for count in QUICK_COUNTS if bench.quick else COUNTS:
+            yield await _many(bench, raws, count)
+        yield await _pair(bench, raws)
+
+
+async def _many(bench: Bench, raws: _RawLoops, count: int) -> Row:
+    of_one = []
+    async with _storms(count) as storms:
+        await _rates(storms, bench.sample_s)
+
+        async def sample() -> float:
+            one = raws.rate_of_one()
+            rate = sum(await _rates(storms, 2 * bench.sample_s))
+            of_one.append(rate / one)
+            return 1e9 / rate
+
+        samples = (await bench.interleaved(raws.cost_of_all, {"": sample}))[""]
+        residents = sum(model_of(storm.machine).is_resident for storm in storms)
+    gate = Gate(at_least=0.3) if count == 100 else None
+    return Row(
+        "scale",
+        f"{count} machine{'s' if count > 1 else ''}",
+        bench.loop,
+        (
+            figure("exits", [1e6 / s.value for s in samples], "k/s"),
+            figure("of raw, one processor", of_one),
+            figure("of raw, all processors", [1 / s.ratio for s in samples], gate=gate),
+        ),
+        f"{residents} on the loop's thread",
+    )
+
+
+async def _pair(bench: Bench, raws: _RawLoops) -> Row:
+    slower, shares, both = [], [], []
+    async with _storms(2) as storms:
+        await _rates(storms, 2 * bench.sample_s)
+        for _ in range(bench.rounds):
+            one = raws.rate_of_one()
+            rates = await _rates(storms, 4 * bench.sample_s)
+            slower.append(min(rates) / one)
+            shares.append(min(rates) / max(rates))
+            both.append(sum(rates))
+        residents = sum(model_of(storm.machine).is_resident for storm in storms)
+    return Row(
+        "scale",
+        "2 machines that compete",
+        bench.loop,
+        (
+            figure("exits", both, "k/s", scale=1e3),
+            figure("slower one, of raw", slower, gate=Gate(at_least=0.2)),
+            figure("slower / faster", shares, gate=Gate(at_least=0.33)),
+        ),
+        f"{residents} on the loop's thread",
+    )
+
+
+@asynccontextmanager
+async def _storms(count: int) -> AsyncIterator[list[Storm]]:
+    async with AsyncExitStack() as stack:
+        storms = []
+        for _ in range(count):
+            storm = await stack.enter_async_context(storming(_GUEST, AsyncDevice))
+            storm.device.left = _NO_END
+            storms.append(storm)
+        yield storms
+
+
+async def _rates(storms: list[Storm], duration_s: float) -> list[float]:
+    """Exits a second of each, while all of them run."""
+    runs = [asyncio.create_task(storm.machine.run()) for storm in storms]
+    await asyncio.sleep(SETTLE_S)
+    before = [storm.device.left for storm in storms]
+    started = time.perf_counter()
+    await asyncio.sleep(duration_s)
+    elapsed_s = time.perf_counter() - started
+    rates = [(left - s.device.left) / elapsed_s for left, s in zip(before, storms, strict=True)]
+    for storm in storms:
+        storm.machine.stop()
+    await asyncio.gather(*runs)
+    return rates
+
+
+class _RawLoops:
+    """A raw loop for each processor, on a thread of its own: a vCPU may not wander."""
+
+    def __init__(self, raws: list[Raw], pools: list[ThreadPoolExecutor], exits: int) -> None:
+        self._raws = raws
+        self._pools = pools
+        self._exits = exits
+
+    def rate_of_one(self) -> float:
+        """Exits a second of one loop with the machine to itself."""
+        return 1e9 / self._pools[0].submit(self._raws[0].run, self._exits // 2).result()
+
+    def cost_of_all(self) -> float:
+        """Nanoseconds for each exit of all of them together."""
+        runs = [
+            pool.submit(raw.run, self._exits)
+            for raw, pool in zip(self._raws, self._pools, strict=True)
+        ]
+        return 1 / sum(1 / run.result() for run in runs)
+
+
+@asynccontextmanager
+async def _all_processors(bench: Bench) -> AsyncIterator[_RawLoops]:
+    async with AsyncExitStack() as stack:
+        raws, pools = [], []
+        for _ in os.sched_getaffinity(0):
+            raws.append(await stack.enter_async_context(Raw.opened(_GUEST)))
+            pools.append(stack.enter_context(ThreadPoolExecutor(1)))
+        yield _RawLoops(raws, pools, bench.exits())
