@@ -11,7 +11,8 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ NOBODY = 65534
 # Guests, in 16-bit real mode unless said otherwise; "out imm8, al" is e6, to 0xf4 the debug exit.
 HALT = b"\xf4"
 SPIN = b"\xeb\xfe"
+EXIT_0 = b"\xb0\x00\xe6\xf4"  # mov al, 0; out 0xf4, al: status 1
 EXIT_5 = b"\xb0\x05\xe6\xf4"  # mov al, 5; out 0xf4, al
 READ_0X60 = b"\xe4\x60\xf4"  # in al, 0x60
 TRIPLE_FAULT = b"\x0f\x0b"  # ud2, in the modes without an IDT
@@ -174,6 +176,56 @@ def test_no_reader_of_standard_output_ends_the_run(image):
 def test_closed_standard_descriptors_do_no_harm(image):
     command = f"exec {KVMAIO} run {image(prints(b'text', EXIT_5))} <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], timeout=TIME_LIMIT_S).returncode == 11
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_reader_that_is_stuck_does_not_hold_up_the_end(image, number):
+    with stuck_pipe() as (_, writer):
+        command = [KVMAIO, "run", image(prints(b"text", SPIN)), "--verbose"]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            process.stderr.readline()  # it is about to run
+            time.sleep(0.5)
+            process.send_signal(number)
+            assert process.wait(TIME_LIMIT_S) == 128 + number
+
+
+@contextmanager
+def stuck_pipe() -> Iterator[tuple[int, int]]:
+    """A full pipe that nobody empties: its reading and its writing end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    try:
+        yield reader, writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.kvm
+def test_a_slow_reader_gets_all_of_it(image):
+    """Also of a guest that ends with status 1."""
+    text = b"0123456789" * 20
+    command = f"{KVMAIO} run {image(prints(text, EXIT_0))}; echo $? >&2"
+    with (
+        stuck_pipe() as (reader, writer),
+        subprocess.Popen(
+            ["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE
+        ) as process,
+    ):
+        time.sleep(1.5)
+        shown = b""
+        while not shown.endswith(text):
+            shown += os.read(reader, 4096)
+        _, errors = process.communicate(timeout=TIME_LIMIT_S)
+    assert errors == b"1\n"
 
 
 @pytest.mark.kvm

@@ -18,7 +18,7 @@ from ..machine import Machine
 from .board import build_board
 from .console import StandardConsole
 from .image import KINDS, PC_KINDS, ImageChoice, read_image
-from .reports import EXIT_ERROR, EXIT_TIMEOUT, explain, say, show_statistics
+from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, show_statistics
 
 __all__ = ["run"]
 
@@ -67,11 +67,19 @@ class Options:
 
 @attrs.frozen(kw_only=True)
 class Ending:
-    """How it ended: the exit status, a line for standard error, and details on request."""
+    """How it ended.
+
+    Attributes:
+        status: the exit status.
+        message: a line for standard error.
+        details: more of it, on request.
+        by_itself: nobody ended it from outside; then a slow reader gets all of the output.
+    """
 
     status: int
     message: str | None = None
     details: str = ""
+    by_itself: bool = True
 
 
 @click.command(
@@ -199,15 +207,14 @@ async def _run(options: Options, kind: str, image: Image) -> int:
         if options.verbose:
             say(f"{kind} image {options.image.path} on {machine!r}, {options.image.mode or kind}")
         await console.connect()
-        ending = Ending(status=EXIT_ERROR)
+        ending = Ending(status=EXIT_INTERRUPTED, by_itself=False)
         try:
             with console.keyboard(), _Terminable() as terminable:
                 ending = await _ending(machine, boot, options, console)
             if terminable.signal is not None:
-                ending = Ending(status=128 + terminable.signal)
+                ending = Ending(status=128 + terminable.signal, by_itself=False)
         finally:
-            # A run that was ended from outside does not wait for a reader that is stuck.
-            await console.close(patient=ending.status not in (EXIT_ERROR, EXIT_TIMEOUT))
+            await console.close(patient=ending.by_itself)
             console.finish_line()
             if ending.message:
                 say(ending.message)
@@ -230,7 +237,7 @@ async def _ending(
             return _failure(error, machine)
         at = ", ".join(f"{cpu.name} at rip {cpu.context.rip:#x}" for cpu in machine.vcpus)
         message = f"no end after {options.timeout:g} s ({at}); --timeout gives it longer"
-        return Ending(status=EXIT_TIMEOUT, message=message, details=machine.dump())
+        return Ending(status=EXIT_TIMEOUT, message=message, details=machine.dump(), by_itself=False)
     except Exception as error:
         return _failure(error, machine)
     if console.was_seen:
