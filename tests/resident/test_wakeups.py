@@ -1,0 +1,317 @@
+"""No wake-up of the loop is lost while its thread is in a guest.
+
+`KVMAIO_WAKEUPS` says how many; 1000000 take a quarter of an hour.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import attrs
+import pytest
+
+from tests.resident import guests
+from tests.resident.guests import PATIENCE, machine_with, resident, run_on
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("eager")]
+
+WAKEUPS = int(os.environ.get("KVMAIO_WAKEUPS", 2_000 if guests.SVMLAB else 100_000))
+LOST_S = 2 * PATIENCE
+LATE_S = 0.1 * PATIENCE
+CONTROL_S = 0.002  # how long the control thread sleeps at a time
+CONTROL_LATE_S = 0.03  # it was held up, too
+PHASE_S = 0.2  # dense and sparse wake-ups in turn: only in sparse ones the watcher gets armed
+
+GUESTS = {
+    "storming": (guests.STORMING, None),
+    "computing": (guests.COMPUTING, None),
+    "alternating": (guests.ALTERNATING, None),
+    "halted": (guests.HALTING, "kernel"),
+}
+
+
+@attrs.define
+class Figures:
+    """What came of the wake-ups, by kind."""
+
+    counts: dict[str, int] = attrs.field(factory=dict)
+    worst_s: dict[str, float] = attrs.field(factory=dict)
+    late: list[tuple[str, float, float]] = attrs.field(factory=list)  # kind, from, to
+    lost: list[str] = attrs.field(factory=list)
+
+    def note(self, kind, due_s, seen_s):
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.worst_s[kind] = max(self.worst_s.get(kind, 0.0), seen_s - due_s)
+        if seen_s - due_s > LATE_S:
+            self.late.append((kind, due_s, seen_s))
+
+    @property
+    def total(self):
+        return sum(self.counts.values())
+
+
+class Control(threading.Thread):
+    """Sleeps and wakes on the same cores, and keeps when it was held up itself."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+        self.held_up = []
+        self.worst_s = 0.0
+
+    def run(self):
+        while not self.over.is_set():
+            due_s = time.monotonic() + CONTROL_S
+            time.sleep(CONTROL_S)
+            now_s = time.monotonic()
+            self.worst_s = max(self.worst_s, now_s - due_s)
+            if now_s - due_s > CONTROL_LATE_S:
+                self.held_up.append((due_s, now_s))
+
+    def excuses(self, start_s, end_s):
+        return any(begin < end_s and start_s < end for begin, end in self.held_up)
+
+
+class Waker(threading.Thread):
+    """Wakes the loop, waits for the answer, pauses at random, and again."""
+
+    kind = "call_soon_threadsafe"
+
+    def __init__(self, loop, figures, over, seed, sparse):
+        super().__init__(daemon=True)
+        self.loop, self.figures, self.over = loop, figures, over
+        self.random = random.Random(seed)
+        self.sparse = sparse  # one of those that go on in sparse phases
+        self.answer = threading.Semaphore(0)
+        self.sent_s = 0.0
+        self.prepare()
+
+    def prepare(self):
+        """On the loop's thread."""
+
+    def wake(self):
+        self.loop.call_soon_threadsafe(self.woken)
+
+    def close(self):
+        """On the loop's thread."""
+
+    def woken(self):
+        self.figures.note(self.kind, self.sent_s, time.monotonic())
+        self.answer.release()
+
+    def run(self):
+        while not self.over.is_set():
+            self.sent_s = time.monotonic()
+            self.wake()
+            if not self.answer.acquire(timeout=LOST_S):
+                self.figures.lost.append(self.kind)
+                return
+            self.pause()
+
+    def pause(self):
+        while is_sparse() and not self.over.is_set():
+            time.sleep(self.random.expovariate(1 / 1e-3) if self.sparse else PHASE_S / 10)
+            if self.sparse:
+                return
+        kind = self.random.random()
+        if kind < 0.4:
+            time.sleep(self.random.expovariate(1 / 200e-6))
+        elif kind < 0.6:
+            end_s = time.monotonic() + self.random.random() * 50e-6
+            while time.monotonic() < end_s:
+                pass
+
+
+class SocketWaker(Waker):
+    kind = "socket"
+
+    def prepare(self):
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.loop.add_reader(self.ours, self.readable)
+
+    def wake(self):
+        self.theirs.send(b"x")
+
+    def readable(self):
+        self.ours.recv(16)
+        self.woken()
+
+    def close(self):
+        self.loop.remove_reader(self.ours)
+        self.ours.close()
+        self.theirs.close()
+
+
+class SignalWaker(Waker):
+    """By the loop's own handler: through its wake-up descriptor."""
+
+    kind = "signal"
+
+    def prepare(self):
+        self.loop.add_signal_handler(signal.SIGUSR1, self.woken)
+
+    def wake(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def close(self):
+        self.loop.remove_signal_handler(signal.SIGUSR1)
+
+
+class PlainSignalWaker(Waker):
+    """By a handler of Python's alone, which runs once the loop's thread is back in Python."""
+
+    kind = "plain signal"
+
+    def prepare(self):
+        self.before = signal.signal(signal.SIGUSR2, lambda number, frame: self.woken())
+
+    def wake(self):
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    def close(self):
+        signal.signal(signal.SIGUSR2, self.before)
+
+
+# Each with: does it go on in sparse phases?
+WAKERS = [
+    *[(Waker, True), *[(Waker, False)] * 3],
+    *[(SocketWaker, True), *[(SocketWaker, False)] * 3],
+    (SignalWaker, False),
+    (PlainSignalWaker, True),
+]
+
+
+def is_sparse():
+    return int(time.monotonic() / PHASE_S) % 2 == 1
+
+
+async def timers(figures, over, seed):
+    """The loop's own timers."""
+    loop, pauses = asyncio.get_running_loop(), random.Random(seed)
+    while not over.is_set():
+        due_s = loop.time() + pauses.expovariate(1 / 1e-3) + is_sparse() * PHASE_S / 4
+        await asyncio.sleep(due_s - loop.time())
+        figures.note("timer", due_s, loop.time())
+
+
+async def children(figures, over):
+    """The end of a child process."""
+    while not over.is_set():
+        child = await asyncio.create_subprocess_exec("/bin/true")
+        async with asyncio.timeout(30 * PATIENCE):
+            await child.wait()
+        figures.note("subprocess", 0.0, 0.0)  # when it ended cannot be known
+        await asyncio.sleep(0.5)
+
+
+async def wake_often(code, irqchip, count, seed):
+    """Wake the loop `count` times while its thread runs `code`."""
+    loop, over, figures = asyncio.get_running_loop(), threading.Event(), Figures()
+    async with machine_with(code, irqchip=irqchip) as machine, asyncio.TaskGroup() as group:
+        run = group.create_task(machine.run())
+        cpu = await resident(machine)
+        control = Control()
+        wakers = [
+            kind(loop, figures, over, seed + n, sparse) for n, (kind, sparse) in enumerate(WAKERS)
+        ]
+        began_s = time.monotonic()
+        activities = [
+            *(group.create_task(timers(figures, over, seed - n)) for n in range(3)),
+            group.create_task(children(figures, over)),
+        ]
+        for thread in (control, *wakers):
+            thread.start()
+        while figures.total < count and not figures.lost:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        over.set()
+        took_s = time.monotonic() - began_s
+        for thread in wakers:
+            while thread.is_alive():
+                await asyncio.sleep(0.005)
+            thread.close()
+        control.over.set()
+        control.join()
+        await asyncio.gather(*activities)
+        assert cpu.is_resident and cpu.moves == 1, "it was to stay on the loop's thread"
+        runner = cpu._hub.residents.handle
+        took = (
+            f"{took_s:.1f} s and {runner.waits} waits, watcher {runner.armed} times armed, "
+            f"{runner.fired} fired, {runner.kicks} kicked"
+        )
+        machine.stop()
+        await run
+    return figures, control, took
+
+
+@pytest.mark.timeout(120 * PATIENCE + WAKEUPS / 100)
+@pytest.mark.parametrize("guest", GUESTS)
+def test_no_wakeup_is_lost_or_late(loop_kind, guest, capsys):
+    seed = random.SystemRandom().getrandbits(32)
+    count = WAKEUPS // (2 * len(GUESTS))
+    figures, control, took = run_on(loop_kind, wake_often(*GUESTS[guest], count, seed))
+    late = [entry for entry in figures.late if not control.excuses(*entry[1:])]
+    with capsys.disabled():
+        worst = ", ".join(
+            f"{kind} {figures.counts[kind]} ({worst_s * 1e3:.1f} ms)"
+            for kind, worst_s in figures.worst_s.items()
+        )
+        print(
+            f"\n{loop_kind}, {guest}: {figures.total} wake-ups in {took}; {worst}; "
+            f"late and excused {len(figures.late) - len(late)}, "
+            f"control thread {control.worst_s * 1e3:.1f} ms"
+        )
+    assert (figures.lost, late) == ([], []), f"seed {seed}"
+    assert figures.total >= count
+
+
+SPINNING = """
+import asyncio, sys
+from kvmaio.kvm import promotion
+from tests.resident.guests import COMPUTING, machine_with, resident, run_on
+
+promotion.OFTEN_WITHIN_NS = 1 << 62 if sys.argv[2] == "resident" else -1
+promotion.QUIET_NS = 1 << 62
+
+async def main():
+    async with machine_with(COMPUTING) as machine:
+        run = asyncio.ensure_future(machine.run())
+        if sys.argv[2] == "resident":
+            await resident(machine)
+        print("spinning", flush=True)
+        await run
+
+try:
+    run_on(sys.argv[1], main())
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+INTERRUPTS = 3 if guests.SVMLAB else int(os.environ.get("KVMAIO_INTERRUPTS", 10))
+
+
+@pytest.mark.timeout(60 * PATIENCE + 5 * INTERRUPTS)
+@pytest.mark.parametrize("where", ["resident", "native"])
+def test_sigint_into_a_spinning_guest_is_a_clean_keyboard_interrupt(loop_kind, where):
+    pauses = random.Random(1)
+    for _ in range(INTERRUPTS):
+        command = [sys.executable, "-c", SPINNING, loop_kind, where]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "spinning\n"
+            time.sleep(pauses.random() * 0.05)
+            child.send_signal(signal.SIGINT)
+            try:
+                output, errors = child.communicate(timeout=20 * PATIENCE)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
+        assert (output, errors, child.returncode) == ("interrupted\n", "", 0)
