@@ -36,6 +36,7 @@ from .loops import run
 from .machine import Machine
 from .memory import GuestMemory
 from .registers import Access, Register, SharedRegister
+from .simulation import SimulationLoop, real_time
 from .vcpu import VCpu, VCpuState, current_vcpu
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Register",
     "SharedRegister",
     "Shutdown",
+    "SimulationLoop",
     "Stopped",
     "UnmappedAccess",
     "Unmapped",
@@ -68,6 +70,7 @@ __all__ = [
     "VCpuState",
     "VmExit",
     "current_vcpu",
+    "real_time",
     "run",
 ]
 

@@ -208,6 +208,12 @@ class CpuModel(Protocol):
     async def left(self) -> EntryResult:
         """Wait until the guest has been left. If cancelled, await it again later."""
 
+    def begin(self, limit_ns: int) -> None:
+        """Enter the guest for about `limit_ns`; the caller then calls `finish()`."""
+
+    def finish(self) -> EntryResult:
+        """Block until the entry that `begin()` began is over."""
+
     @property
     def executed_ns(self) -> int:
         """Host CPU time of the last entry in nanoseconds."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 from .errors import ConfigurationError
+from .simulation import SimulationLoop
 
 __all__ = ["run"]
 
@@ -23,20 +24,31 @@ def run(
 
     Args:
         time: ``"wall"``: guests run freely, a second is a second; on uvloop where it is
-            installed, else on asyncio.
-        pace: only with simulated time.
+            installed, else on asyncio. ``"simulated"``: on a `SimulationLoop`.
+        pace: with simulated time, hold it to `pace` x wall clock at most.
 
     Raises:
         ConfigurationError: an impossible combination.
     """
-    if time != "wall" or pace is not None:
+    try:
+        factory = _loop_factory(time, pace)
+    except ConfigurationError:
         main.close()
-        raise ConfigurationError(
-            f'time={time!r}, pace={pace!r}: this version of kvmaio has time="wall" only'
-        )
+        raise
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
+def _loop_factory(time: str, pace: float | None) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if time == "simulated":
+        SimulationLoop(pace=pace).close()  # refuses an impossible pace before anything starts
+        return lambda: SimulationLoop(pace=pace)
+    if time != "wall":
+        raise ConfigurationError(f'time={time!r}: "wall" or "simulated"')
+    if pace is not None:
+        raise ConfigurationError(f'pace={pace}: only with time="simulated"')
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
+        return None
+    return uvloop.new_event_loop

@@ -21,8 +21,10 @@ from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
 from .registers import Register, SharedRegister
 from .service import HypercallHandler
+from .simulation import SimulationLoop
 from .stats import MachineStatistics
 from .suspension import foreign_cancellation, is_own_cancellation
+from .timed_cpu import TimedCpu
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ class Machine:
         try:
             platform.attach_memory(self.memory)
             for model in platform.create_cpus(self._vcpu_count):
+                if isinstance(self._loop, SimulationLoop):
+                    model = TimedCpu(model, self._loop, self._host_factor)
                 self.vcpus.append(self._make_vcpu(model))
             platform.set_cpuid(self._cpuid or "emulator-safe")
             for declared in self._declared:

@@ -351,8 +351,8 @@ void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu)
 
 static void submit(kvmaio_vcpu *vcpu, int64_t limit_ns, int in_place)
 {
-	/* A half entry is no run: a kick beforehand is for the run behind it. */
-	if (!in_place)
+	/* A half entry in place is no run: a kick beforehand is for the run behind it. */
+	if (!in_place || limit_ns)
 		vcpu->run_id++;
 	vcpu->executed_ns = 0;
 	vcpu->limit_ns = limit_ns;
@@ -368,10 +368,14 @@ uint64_t kvmaio_vcpu_enter(kvmaio_vcpu *vcpu, int64_t limit_ns)
 	return vcpu->run_id;
 }
 
-int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns)
+void kvmaio_vcpu_begin(kvmaio_vcpu *vcpu, int64_t limit_ns)
+{
+	submit(vcpu, limit_ns, 1);
+}
+
+int kvmaio_vcpu_finish(kvmaio_vcpu *vcpu, int64_t timeout_ns)
 {
 	int64_t deadline_ns = clock_ns(CLOCK_MONOTONIC) + timeout_ns;
-	submit(vcpu, 0, 1);
 	while (atomic_load(&vcpu->command) == GO) {
 		int64_t left_ns = deadline_ns - clock_ns(CLOCK_MONOTONIC);
 		if (left_ns <= 0)
@@ -380,6 +384,12 @@ int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns)
 		futex_wait(&vcpu->command, GO, &left);
 	}
 	return vcpu->outcome;
+}
+
+int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns)
+{
+	kvmaio_vcpu_begin(vcpu, 0);
+	return kvmaio_vcpu_finish(vcpu, timeout_ns);
 }
 
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu)

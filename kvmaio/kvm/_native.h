@@ -108,6 +108,12 @@ int kvmaio_vcpu_start(kvmaio_vcpu *vcpu);
  * Returns the run's id, from 1 on. */
 uint64_t kvmaio_vcpu_enter(kvmaio_vcpu *vcpu, int64_t limit_ns);
 
+/* The same, but the caller itself waits for the end: there is no arrival. */
+void kvmaio_vcpu_begin(kvmaio_vcpu *vcpu, int64_t limit_ns);
+
+/* Wait for the end of what kvmaio_vcpu_begin began; the outcome, or -ETIMEDOUT. */
+int kvmaio_vcpu_finish(kvmaio_vcpu *vcpu, int64_t timeout_ns);
+
 /* Complete a pending access and wait for that: microseconds, and at most
  * `timeout_ns`. Returns the outcome, or -ETIMEDOUT. Releases nothing: the
  * caller is expected to have released the GIL. */

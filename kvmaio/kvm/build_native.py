@@ -191,6 +191,8 @@ int kvmaio_vcpu_create(kvmaio_hub *hub, int vm_fd, unsigned long id, size_t page
                        kvmaio_vcpu **out);
 int kvmaio_vcpu_start(kvmaio_vcpu *vcpu);
 uint64_t kvmaio_vcpu_enter(kvmaio_vcpu *vcpu, int64_t limit_ns);
+void kvmaio_vcpu_begin(kvmaio_vcpu *vcpu, int64_t limit_ns);
+int kvmaio_vcpu_finish(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id);
 uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);

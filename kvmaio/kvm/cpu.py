@@ -95,6 +95,7 @@ class KvmCpu:
         self._inside = False
         self._promotion = Promotion(hub.costs)
         self._residents: Residents | None = None
+        self._began_limit_ns = 0
         self._sync_left = 0
         self._page_has_registers = False
         # Kicks come from any thread, and must not meet close(); from a signal's handler, too.
@@ -140,6 +141,15 @@ class KvmCpu:
         if self._residents is not None:
             return self._result(lib.kvmaio_resident_half_entry(self.handle))
         return self._result(lib.kvmaio_vcpu_half_entry(self.handle, HALF_ENTRY_LIMIT_NS))
+
+    def begin(self, limit_ns: int) -> None:
+        self._before_entry()
+        self._began_limit_ns = limit_ns
+        lib.kvmaio_vcpu_begin(self.handle, limit_ns)
+
+    def finish(self) -> EntryResult:
+        timeout_ns = self._began_limit_ns + LEAVE_LIMIT_NS
+        return self._result(lib.kvmaio_vcpu_finish(self.handle, timeout_ns))
 
     def kick(self) -> None:
         with self._lock:
