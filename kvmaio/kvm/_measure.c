@@ -63,14 +63,16 @@ static int64_t shortest_exit(struct victim *v, int count)
 {
 	int64_t best = INT64_MAX;
 	for (int i = 0; i < count; i++) {
-		int64_t before = clock_ns(CLOCK_MONOTONIC);
-		int error = ioctl(v->vcpu, KVM_RUN, 0) < 0 ? errno : 0;
-		if (error && error != EINTR)
+		int64_t before;
+		int error;
+		do {
+			before = clock_ns(CLOCK_MONOTONIC);
+			error = ioctl(v->vcpu, KVM_RUN, 0) < 0 ? errno : 0;
+		} while (error == EINTR); /* unrequested, as happens: signals are blocked */
+		if (error)
 			return -error;
 		int64_t took = clock_ns(CLOCK_MONOTONIC) - before;
-		if (error)
-			i--; /* a signal came instead of an exit */
-		else if (took < best)
+		if (took < best)
 			best = took;
 	}
 	return best;
@@ -91,6 +93,10 @@ static void *visit(void *argument)
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns)
 {
 	struct victim v = { .vm = -1, .vcpu = -1, .page = MAP_FAILED, .page_size = page_size };
+	sigset_t all, before;
+	/* A signal would end KVM_RUN without an exit, and KVM_CREATE_VM with EINTR. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
 	int error = set_up(&v, kvm_fd);
 	int64_t exit = error ? 0 : shortest_exit(&v, EXITS);
 	int64_t move = INT64_MAX;
@@ -99,12 +105,8 @@ int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move
 		error = (int)exit;
 	for (int i = 0; i < MOVES && !error; i++) {
 		struct visit there = { &v, 0 };
-		sigset_t all, before;
 		pthread_t thread;
-		sigfillset(&all);
-		pthread_sigmask(SIG_SETMASK, &all, &before);
 		error = -pthread_create(&thread, NULL, visit, &there);
-		pthread_sigmask(SIG_SETMASK, &before, NULL);
 		if (error)
 			break;
 		pthread_join(thread, NULL);
@@ -116,6 +118,7 @@ int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move
 			move = cheapest;
 	}
 	tear_down(&v);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (error)
 		return error;
 	*exit_ns = exit;

@@ -1,0 +1,212 @@
+"""Where a vCPU lives: the policy alone, with scripted costs and times, and what it is fed."""
+
+import itertools
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from kvmaio.kvm import promotion
+from kvmaio.kvm._native import ffi, lib
+from kvmaio.kvm.gate import check
+from kvmaio.kvm.host import Kvm
+from kvmaio.kvm.promotion import Costs, Promotion
+from tests.resident.guests import COMPUTING, PATIENCE, STORMING, machine_with, run_on
+
+US, MS = 1_000, 1_000_000
+
+CHEAP = Costs(exit_ns=10 * US, move_ns=2 * US)
+DEAR = Costs(exit_ns=10 * US, move_ns=16 * MS)
+BOTH = pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap moves", "dear moves"])
+
+
+class Script:
+    """A vCPU by the policy: how often it moved, in scripted time."""
+
+    def __init__(self, costs):
+        self.now_ns = 1_000 * MS
+        self.policy = Promotion(costs)
+        self.inside_ns = 0
+        self.is_resident = False
+
+    def exit(self, after_ns, count=1):
+        """`count` exits, each `after_ns` after the one before."""
+        for _ in range(count):
+            self.now_ns += after_ns
+            if not self.is_resident and self.policy.exits_often():
+                self.is_resident = True
+                self.policy.moved()
+
+    def be_quiet(self, ns):
+        """The guest goes on for so long without an exit."""
+        self.now_ns += ns
+        if self.is_resident and self.policy.is_quiet(ns):
+            self.is_resident = False
+            self.policy.moved()
+
+    @property
+    def moves(self):
+        return self.policy.moves
+
+
+@pytest.fixture
+def script(monkeypatch):
+    def make(costs):
+        script = Script(costs)
+        monkeypatch.setattr(promotion, "time", SimpleNamespace(monotonic_ns=lambda: script.now_ns))
+        return script
+
+    return make
+
+
+@BOTH
+def test_a_guest_that_exits_often_moves_in_at_once(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(20 * US, count=2 * promotion.OFTEN_EXITS)
+    assert (vcpu.is_resident, vcpu.moves) == (True, 1)
+
+
+@BOTH
+def test_a_guest_that_exits_now_and_then_stays_where_it_is(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(1 * MS, count=10_000)
+    assert (vcpu.is_resident, vcpu.moves) == (False, 0)
+
+
+@BOTH
+def test_a_storm_after_a_long_rest_counts_from_its_beginning(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(100 * MS, count=75)
+    vcpu.exit(20 * US, count=100)
+    assert (vcpu.is_resident, vcpu.moves) == (True, 1)
+
+
+@BOTH
+def test_a_resident_that_hardly_exits_any_more_moves_out(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(20 * US, count=100)
+    vcpu.be_quiet(promotion.QUIET_NS)
+    assert vcpu.is_resident
+    vcpu.be_quiet(promotion.QUIET_NS + 1)
+    assert (vcpu.is_resident, vcpu.moves) == (False, 2)
+
+
+@BOTH
+def test_a_loop_that_was_busy_is_no_reason_to_move_out(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(20 * US, count=100)
+    vcpu.now_ns += 10_000 * MS  # the loop was elsewhere; the guest was not run
+    assert not vcpu.policy.is_quiet(inside_ns=1 * MS)
+
+
+def test_where_moves_are_dear_there_are_no_others(script):
+    vcpu = script(DEAR)
+    for _ in range(100):
+        vcpu.exit(20 * US, count=1_000)
+        vcpu.be_quiet(1_000 * MS)
+    assert (vcpu.is_resident, vcpu.moves) == (False, 2)
+
+
+def test_where_moves_are_cheap_they_are_rare(script):
+    vcpu = script(CHEAP)
+    began_ns = vcpu.now_ns
+    for _ in range(1_000):
+        vcpu.exit(20 * US, count=100)
+        vcpu.be_quiet(promotion.QUIET_NS + 1)
+    assert 2 < vcpu.moves <= 2 + (vcpu.now_ns - began_ns) // promotion.MOVE_EVERY_NS
+
+
+@pytest.mark.parametrize(
+    ("exit_ns", "budget_ns"),
+    [(0, 500 * US), (1 * US, 500 * US), (10 * US, 800 * US), (100 * US, 1 * MS)],
+)
+def test_the_budget_is_80_exits_between_half_a_millisecond_and_one(exit_ns, budget_ns):
+    assert Costs(exit_ns, 0).budget_ns == budget_ns
+
+
+@pytest.mark.parametrize(("move_ns", "cheap"), [(0, True), (100 * US, True), (101 * US, False)])
+def test_moves_are_cheap_up_to_ten_exits(move_ns, cheap):
+    assert Costs(10 * US, move_ns).moves_are_cheap is cheap
+
+
+# ---- what is measured ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """Counts measurements from here on, none having been made."""
+    made = []
+
+    def measure(*arguments):
+        made.append(threading.current_thread().name)
+        time.sleep(0.02)  # so that others come meanwhile
+        return lib.kvmaio_measure(*arguments)
+
+    monkeypatch.setattr(promotion, "_measured", None)
+    monkeypatch.setattr(promotion, "lib", SimpleNamespace(kvmaio_measure=measure))
+    return made
+
+
+@pytest.mark.kvm
+def test_costs_are_measured_by_the_first_machine_and_never_in_a_run(measurements, loop_kind):
+    async def main():
+        seen = []
+        for _ in range(2):
+            async with machine_with(STORMING) as machine:
+                seen.append(len(measurements))
+                run = await machine.vcpus[0].run()
+                assert run is not None
+                seen.append(len(measurements))
+        return seen
+
+    assert run_on(loop_kind, main()) == [1, 1, 1, 1]
+    assert run_on(loop_kind, main()) == [1, 1, 1, 1]
+
+
+@pytest.mark.kvm
+def test_costs_are_measured_once_by_loops_that_begin_together(measurements):
+    async def main():
+        async with machine_with(COMPUTING):
+            pass
+
+    threads = [threading.Thread(target=run_on, args=("asyncio", main())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(measurements) == 1
+
+
+def measure(kvm):
+    out = ffi.new("int64_t[2]")
+    began_s = time.monotonic()
+    check(lib.kvmaio_measure(kvm.fd, kvm.vcpu_page_size, out, out + 1), "KVM_RUN")
+    return out[0], out[1], time.monotonic() - began_s
+
+
+@pytest.mark.kvm
+def test_what_is_measured_is_plausible():
+    with Kvm.open() as kvm:
+        figures = [measure(kvm) for _ in range(3)]
+    for exit_ns, move_ns, _ in figures:
+        assert 200 < exit_ns < 1 * MS * PATIENCE
+        assert 0 <= move_ns < 200 * MS * PATIENCE
+    assert min(took_s for _, _, took_s in figures) < 0.06 * PATIENCE  # as promised
+
+
+@pytest.mark.kvm
+def test_signals_do_not_make_an_exit_look_cheap():
+    """KVM_RUN that a signal ended before the guest ran is no exit."""
+    arrived = itertools.count()
+    before = signal.signal(signal.SIGALRM, lambda number, frame: next(arrived))
+    with Kvm.open() as kvm:
+        quiet_ns = min(measure(kvm)[0] for _ in range(3))
+        signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+        try:
+            disturbed_ns = min(measure(kvm)[0] for _ in range(10))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert disturbed_ns > quiet_ns / 2
