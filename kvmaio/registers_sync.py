@@ -25,6 +25,9 @@ class Newer(enum.Enum):
     """The CPU model's: it is fetched when somebody looks (gem5: kvmStateDirty)."""
 
 
+_MODEL = Newer.MODEL  # looking up an enum's member is slow, and this one is needed at each exit
+
+
 class SyncedContext:
     """A `Context` that is fetched when it is looked at and pushed when it was written.
 
@@ -65,7 +68,7 @@ class SyncedContext:
 
     def entered(self) -> None:
         """The guest was entered, what was written having been pushed."""
-        self.newer = Newer.MODEL
+        self.newer = _MODEL
         self.access_pending = False
 
     def access_continued(self) -> None:

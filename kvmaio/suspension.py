@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Generator
+from types import CoroutineType
 from typing import Any, Generic, TypeVar
 
 __all__ = ["Suspended", "drive", "foreign_cancellation", "is_own_cancellation"]
@@ -39,9 +40,10 @@ def drive(awaitable: Awaitable[T]) -> T | Suspended[T]:
 
     Called within a task, the awaitable runs as a part of that task.
     """
-    rest = awaitable.__await__()
+    # A coroutine is its own iterator, but for the name; asking it for one takes longer.
+    rest: Any = awaitable if isinstance(awaitable, CoroutineType) else awaitable.__await__()
     try:
-        waiting_for = next(rest)
+        waiting_for = rest.send(None)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     return Suspended(rest, waiting_for)

@@ -39,6 +39,7 @@ _RESULTS = {
     lib.KVMAIO_INTERRUPTED: EntryResult.INTERRUPTED,
     lib.KVMAIO_TIMER: EntryResult.TIMER,
 }
+_LATER = lib.KVMAIO_LATER
 
 _SYNCED = lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS
 _SYNC_FOR = 64
@@ -105,18 +106,15 @@ class KvmCpu:
 
     def enter(self, limit_ns: int | None) -> EntryResult | None:
         self._before_entry()
-        if self._residents is not None or (limit_ns is None and self._may_move_in()):
-            return self._enter_resident(limit_ns)
-        self._inside = True
-        lib.kvmaio_vcpu_enter(self.handle, -1 if limit_ns is None else limit_ns)
-        return None
-
-    def _enter_resident(self, limit_ns: int | None) -> EntryResult | None:
+        host_ns = -1 if limit_ns is None else limit_ns
+        if self._residents is None and (limit_ns is not None or not self._may_move_in()):
+            self._inside = True
+            lib.kvmaio_vcpu_enter(self.handle, host_ns)
+            return None
         residents = self._residents
         assert residents is not None
-        limit_ns = -1 if limit_ns is None else limit_ns
-        outcome = lib.kvmaio_resident_enter(residents.handle, self.handle, limit_ns)
-        if outcome != lib.KVMAIO_LATER:
+        outcome = lib.kvmaio_resident_enter(residents.handle, self.handle, host_ns)
+        if outcome != _LATER:
             return self._result(outcome)
         self._inside = True
         residents.park(self)
@@ -134,7 +132,8 @@ class KvmCpu:
 
     @property
     def executed_ns(self) -> int:
-        return int(self.handle.executed_ns)
+        executed_ns: int = self.handle.executed_ns
+        return executed_ns
 
     def half_entry(self) -> EntryResult:
         self._before_entry()
