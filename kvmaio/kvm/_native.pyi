@@ -83,6 +83,8 @@ class Lib:
     def kvmaio_fast_take(self, fast: CData, out: CData) -> int: ...
     def kvmaio_fast_has_posted(self, fast: CData) -> int: ...
     def kvmaio_fast_rung(self, fast: CData, counts: CData) -> int: ...
+    def kvmaio_perf_open(self, attributes: bytes, tid: int, group_fd: int) -> int: ...
+    def kvmaio_timer_resolution(self, rounds: int) -> int: ...
     def kvmaio_raw_loop(self, vcpu: CData, exits: int) -> int: ...
     def kvmaio_measure(
         self, kvm_fd: int, page_size: int, exit_ns: CData, move_ns: CData
@@ -154,8 +156,14 @@ class Lib:
     KVM_INTERRUPT: int
     KVM_NMI: int
     KVM_SET_GUEST_DEBUG: int
+    KVM_TRANSLATE: int
     KVM_GET_TSC_KHZ: int
     KVM_SET_TSC_KHZ: int
+    PERF_EVENT_IOC_ENABLE: int
+    PERF_EVENT_IOC_DISABLE: int
+    PERF_EVENT_IOC_REFRESH: int
+    PERF_EVENT_IOC_RESET: int
+    PERF_EVENT_IOC_PERIOD: int
 
     # ---- capabilities
     KVM_CAP_NR_VCPUS: int

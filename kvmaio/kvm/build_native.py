@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = ("_native.c", "_resident.c", "_fast.c", "_measure.c")
+SOURCES = ("_native.c", "_resident.c", "_fast.c", "_measure.c", "_counters.c")
 
 IOCTLS = """
 KVM_GET_API_VERSION KVM_CREATE_VM KVM_CHECK_EXTENSION KVM_GET_VCPU_MMAP_SIZE KVM_GET_SUPPORTED_CPUID
@@ -26,7 +26,9 @@ KVM_GET_FPU KVM_SET_FPU KVM_GET_XSAVE KVM_SET_XSAVE KVM_GET_XSAVE2 KVM_GET_XCRS 
 KVM_GET_DEBUGREGS KVM_SET_DEBUGREGS KVM_GET_VCPU_EVENTS KVM_SET_VCPU_EVENTS
 KVM_GET_MP_STATE KVM_SET_MP_STATE KVM_GET_LAPIC KVM_SET_LAPIC KVM_GET_MSRS KVM_SET_MSRS
 KVM_SET_CPUID2 KVM_GET_CPUID2 KVM_GET_ONE_REG KVM_SET_ONE_REG KVM_INTERRUPT KVM_NMI
-KVM_SET_GUEST_DEBUG KVM_GET_TSC_KHZ KVM_SET_TSC_KHZ
+KVM_SET_GUEST_DEBUG KVM_TRANSLATE KVM_GET_TSC_KHZ KVM_SET_TSC_KHZ
+PERF_EVENT_IOC_ENABLE PERF_EVENT_IOC_DISABLE PERF_EVENT_IOC_REFRESH PERF_EVENT_IOC_RESET
+PERF_EVENT_IOC_PERIOD
 """.split()
 
 CAPABILITIES = """
@@ -129,6 +131,7 @@ struct kvm_cpuid_entry2 { uint32_t function, index, flags, eax, ebx, ecx, edx; .
 struct kvm_cpuid2 { uint32_t nent; struct kvm_cpuid_entry2 entries[]; ...; };
 struct kvm_one_reg { unsigned long long id, addr; };
 struct kvm_interrupt { uint32_t irq; };
+struct kvm_translation { unsigned long long linear_address, physical_address; uint8_t valid, writeable, usermode; ...; };
 struct kvm_guest_debug_arch { unsigned long long debugreg[8]; };
 struct kvm_guest_debug { uint32_t control, pad; struct kvm_guest_debug_arch arch; };
 struct kvm_debug_exit_arch { uint32_t exception, pad; unsigned long long pc, dr6, dr7; };
@@ -212,6 +215,8 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);
+int kvmaio_perf_open(const void *attributes, int tid, int group_fd);
+int64_t kvmaio_timer_resolution(int rounds);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 """
 
@@ -223,7 +228,7 @@ ffibuilder.cdef(
 )
 ffibuilder.set_source(
     "kvmaio.kvm._native",
-    '#include "_native.h"',
+    '#include "_native.h"\n#include "_counters.h"',
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[str(HERE)],
     depends=[str(path) for path in HERE.glob("_*.h")],
