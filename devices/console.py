@@ -186,6 +186,9 @@ class Console(Device):
         """
         self._connect(StreamConnection(reader, writer, self._receiver(), owned=False))
 
+    async def close(self) -> None:
+        await self.disconnect()
+
     async def disconnect(self) -> None:
         """Pass on what is left, then close everything that the `connect_` methods opened.
 

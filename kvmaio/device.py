@@ -125,6 +125,9 @@ class Device:
         checkpointed, and `run()` may be started from any drained state.
         """
 
+    async def close(self) -> None:
+        """Give back what the device has opened; called once when its machine closes."""
+
     def save(self) -> dict[str, Any]:
         """State outside of registers and alarm, as plain data for a checkpoint."""
         return {}

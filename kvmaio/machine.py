@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .boot.image import BootState, Image
 from .bus import Bus, Unmapped
 from .clock import LoopClock
+from .declared_paths import DeclaredPaths
 from .device import Device
 from .errors import ConfigurationError, HostError
 from .exits import EndRun, Halted, Outcome, Stopped, VmExit
 from .irq import IrqLine
 from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
-from .registers import Register, SharedRegister
 from .service import HypercallHandler
 from .simulation import SimulationLoop
 from .stats import MachineStatistics
@@ -39,9 +38,6 @@ LOW_RAM = 3 << 30
 
 SETTLE_LIMIT_S = 10.0
 """A kicked guest leaves within microseconds; this long means that it is stuck."""
-
-POSTED_FLUSH_S = 0.005
-"""Batched writes reach their device within this time, even if the guest makes no exit."""
 
 FIRST_VECTOR = 0x20
 """Without an interrupt controller, line n injects vector 0x20 + n: the customary set-up."""
@@ -113,7 +109,6 @@ class Machine:
         self.devices: dict[str, Device] = {}
         self.stats = MachineStatistics(self)
         self.irqchip = irqchip
-        self.posted_lock = asyncio.Lock()
         self.watches_exits = False
         self._exit_traced: Callable[[VCpu, VmExit], None] | None = None
         self._cpu = cpu
@@ -124,17 +119,17 @@ class Machine:
         self._hypercall: HypercallHandler | None = None
         self._lines: dict[int, IrqLine] = {}
         self._names: Counter[str] = Counter()
-        self._declared: list[tuple[Device, Register[Any], int, bool]] = []
+        self._paths = DeclaredPaths()
         self._platform: Platform | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._has_run = False
+        self._delivers = False
         self._run_active = False
         self._ending: Outcome | BaseException | None = None
         self._unlocated: BaseException | None = None
         self._over = asyncio.Event()
-        self._flush_now = asyncio.Event()
         self._build_ram(parse_size(memory))
 
     def _build_ram(self, size: int) -> None:
@@ -162,8 +157,7 @@ class Machine:
                     model = TimedCpu(model, self._loop, self._host_factor)
                 self.vcpus.append(self._make_vcpu(model))
             platform.set_cpuid(self._cpuid or "emulator-safe")
-            for declared in self._declared:
-                self._take_fast_path(platform, *declared)
+            self._paths.open(platform, self.vcpus[0].model.ring_doorbells)
             for number, line in self._lines.items():
                 line.connect(self._irq_sink(platform, number))
         except BaseException:
@@ -211,6 +205,16 @@ class Machine:
                 self._close_cpus()
                 self._platform.close()
                 self.memory.close()
+                await self._close_devices()
+
+    async def _close_devices(self) -> None:
+        """All of them, also where one fails; the first failure is raised at the end."""
+        results = await asyncio.gather(
+            *(device.close() for device in self.devices.values()), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     def _close_cpus(self) -> None:
         for vcpu in self.vcpus:
@@ -275,12 +279,14 @@ class Machine:
         device.irq.name = f"{device.name}.irq"
         if line is not None:
             device.irq.connect(line.input())
-        self._declare_fast_paths(device, pio, is_pio=True)
-        self._declare_fast_paths(device, mmio, is_pio=False)
+        self._paths.declare(device, pio, is_pio=True)
+        self._paths.declare(device, mmio, is_pio=False)
+        self._look_at_exits()
         if self._loop is not None:
             self._give_clock(device)
         if self._has_run:
             self._start_device(device)
+            self._start_delivery()
         return device
 
     def irq(self, number: int) -> IrqLine:
@@ -393,7 +399,11 @@ class Machine:
     @exit_traced.setter
     def exit_traced(self, sink: Callable[[VCpu, VmExit], None] | None) -> None:
         self._exit_traced = sink
-        self.watches_exits = sink is not None or bool(self._declared)
+        self._look_at_exits()
+
+    @property
+    def posted_lock(self) -> asyncio.Lock:  # for VCpuOwner
+        return self._paths.lock
 
     @property
     def is_running(self) -> bool:
@@ -442,52 +452,47 @@ class Machine:
             self._spawn(vcpu.live(), f"{self.name}.{vcpu.name}")
         for device in list(self.devices.values()):
             self._start_device(device)
-        if any(register.posted for _, register, _, _ in self._declared):
-            self._spawn(self._flush_posted(), f"{self.name}.posted")
+        self._start_delivery()
 
     def _start_device(self, device: Device) -> None:
         if type(device).run is not Device.run:
-            self._spawn(self._device_activity(device), f"{self.name}.{device.name}")
+            activity = self._activity(device.run(), f"{device.name}.run()")
+            self._spawn(activity, f"{self.name}.{device.name}")
+
+    def _start_delivery(self) -> None:
+        if self._paths.any_posted and not self._delivers:
+            self._delivers = True
+            self._spawn(self._paths.deliver(self._flush), f"{self.name}.posted")
+
+    def _look_at_exits(self) -> None:
+        self.watches_exits = self._exit_traced is not None or bool(self._paths)
 
     def _spawn(self, coroutine: Any, name: str) -> None:
         assert self._loop is not None
         self._tasks.append(self._loop.create_task(coroutine, name=name))
 
-    async def _device_activity(self, device: Device) -> None:
+    async def _activity(self, activity: Awaitable[None], who: str) -> None:
+        """Await something that goes on beside the vCPUs; its failure ends the machine."""
         try:
-            await device.run()
+            await activity
         except EndRun as end:
             self._end(end.outcome)
         except asyncio.CancelledError as cancelled:
             if is_own_cancellation():
                 raise
-            self._fail_outside(foreign_cancellation(cancelled, f"{device.name}.run()"))
+            self._fail_outside(foreign_cancellation(cancelled, who))
         except Exception as error:
-            error.add_note(f"in the run() of device {device.name}")
+            error.add_note(f"in {who}")
             self._fail_outside(error)
+
+    async def _flush(self) -> None:
+        await self._activity(self.vcpus[0].flush_posted(), "the service of a posted write")
 
     def _fail_outside(self, error: BaseException) -> None:
         """End by an error that no vCPU was serving; `run()` adds where the guest was."""
         if self._ending is None:
             self._unlocated = error
         self._end(error)
-
-    async def _flush_posted(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POSTED_FLUSH_S):
-                    await self._flush_now.wait()
-            self._flush_now.clear()
-            try:
-                await self.vcpus[0].flush_posted()
-            except EndRun as end:
-                self._end(end.outcome)
-            except asyncio.CancelledError as cancelled:
-                if is_own_cancellation():
-                    raise
-                self._fail_outside(foreign_cancellation(cancelled, "a posted write's handler"))
-            except Exception as error:
-                self._fail_outside(error)
 
     def _end(self, ending: Outcome | BaseException) -> None:
         """The first end counts; it is kept until a `run()` returns it."""
@@ -536,50 +541,6 @@ class Machine:
                 sink(level)
 
         return drive
-
-    def _declare_fast_paths(self, device: Device, base: int | None, *, is_pio: bool) -> None:
-        if base is None:
-            return
-        for register in device.registers:
-            if register.posted or register.doorbell or isinstance(register, SharedRegister):
-                declared = (device, register, base + register.offset, is_pio)
-                self._declared.append(declared)
-                self.watches_exits = True
-                if self._platform is not None:
-                    self._take_fast_path(self._platform, *declared)
-
-    def _take_fast_path(
-        self,
-        platform: Platform,
-        device: Device,
-        register: Register[Any],
-        address: int,
-        is_pio: bool,
-    ) -> None:
-        """Tell the platform how a register's accesses may be served faster than by an exit."""
-        if isinstance(register, SharedRegister):
-            cell = platform.share(address, register.size, is_pio)
-            if cell is not None:
-                register.use_cell(device, cell)
-        if register.doorbell:
-            platform.add_doorbell(
-                address,
-                register.size,
-                is_pio,
-                lambda count: device.__dict__[register.name].ring(count),
-                self._doorbell_rang,
-            )
-        elif register.posted:
-            platform.post(address, register.size, is_pio, register.timed)
-
-    def _doorbell_rang(self) -> None:
-        if self.posted_lock.locked():
-            return  # a flush is under way, and ends with the doorbells
-        model = self.vcpus[0].model
-        if any(register.posted for _, register, _, _ in self._declared):
-            self._flush_now.set()
-        else:
-            model.ring_doorbells()
 
     def _give_clock(self, device: Device) -> None:
         device.clock = self.clock

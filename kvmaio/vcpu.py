@@ -94,8 +94,9 @@ class VCpuOwner(Protocol):
     watches_exits: bool
     """Are exits traced, or writes batched? If not, an exit is served straight away."""
 
-    posted_lock: asyncio.Lock
-    """Held while batched writes are being served, so that exits stay behind them."""
+    @property
+    def posted_lock(self) -> asyncio.Lock:
+        """Held while batched writes are being served, so that exits stay behind them."""
 
     exit_traced: Callable[[VCpu, VmExit], None] | None
     """Called with every exit before it is served, or None."""

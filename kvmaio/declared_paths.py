@@ -1,0 +1,105 @@
+"""`DeclaredPaths`: the registers of a machine that are served faster than by an exit.
+
+Devices declare them (``posted``, ``doorbell``, `SharedRegister`); the platform does
+what it can; and here, what it batched is delivered even if no exit comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+
+from .device import Device
+from .platform import Platform
+from .registers import Register, SharedRegister
+
+__all__ = ["DeclaredPaths"]
+
+FLUSH_S = 0.005
+"""A batched write reaches its device within this time, even if the guest makes no exit."""
+
+
+@attrs.frozen(eq=False)
+class _Declared:
+    device: Device
+    register: Register[Any]
+    address: int
+    is_pio: bool
+
+    def ring(self, count: int) -> None:
+        self.device.__dict__[self.register.name].ring(count)
+
+
+class DeclaredPaths:
+    """One machine's.
+
+    Attributes:
+        lock: held while batched writes are being served, so that what comes
+            later stays behind them.
+    """
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self._declared: list[_Declared] = []
+        self._platform: Platform | None = None
+        self._ring_doorbells: Callable[[], bool] | None = None
+        self._flush_now = asyncio.Event()
+
+    def __bool__(self) -> bool:
+        return bool(self._declared)
+
+    @property
+    def any_posted(self) -> bool:
+        """Does any device have a posted register, so that `deliver()` must run?"""
+        return any(declared.register.posted for declared in self._declared)
+
+    def declare(self, device: Device, base: int | None, *, is_pio: bool) -> None:
+        """Take up the registers of `device`, whose window starts at `base`."""
+        if base is None:
+            return
+        for register in device.registers:
+            if register.posted or register.doorbell or isinstance(register, SharedRegister):
+                declared = _Declared(device, register, base + register.offset, is_pio)
+                self._declared.append(declared)
+                if self._platform is not None:
+                    self._take(self._platform, declared)
+
+    def open(self, platform: Platform, ring_doorbells: Callable[[], bool]) -> None:
+        """The machine's platform is there: tell it of all registers, and from now on."""
+        self._platform = platform
+        self._ring_doorbells = ring_doorbells
+        for declared in self._declared:
+            self._take(platform, declared)
+
+    async def deliver(self, flush: Callable[[], Awaitable[None]]) -> None:
+        """Call `flush` again and again; for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await self._flush_now.wait()
+            self._flush_now.clear()
+            await flush()
+
+    def _take(self, platform: Platform, declared: _Declared) -> None:
+        register, place = declared.register, (declared.address, declared.register.size)
+        if isinstance(register, SharedRegister):
+            cell = platform.share(*place, declared.is_pio)
+            if cell is not None:
+                register.use_cell(declared.device, cell)
+        if register.doorbell:
+            platform.add_doorbell(*place, declared.is_pio, declared.ring, self._rung)
+        elif register.posted:
+            platform.post(*place, declared.is_pio, register.timed)
+
+    def _rung(self) -> None:
+        """The loop has seen that a doorbell rang."""
+        if self.lock.locked():
+            return  # writes are being served, and the doorbells come after them
+        if self.any_posted:
+            self._flush_now.set()  # earlier writes go first
+        elif self._ring_doorbells is not None:
+            self._ring_doorbells()
