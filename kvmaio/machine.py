@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Machine"]
 
 D = TypeVar("D", bound=Device)
+
+_log = logging.getLogger(__name__)
 
 LOW_RAM = 3 << 30
 """RAM above 3 GiB goes on at 4 GiB: what lies between belongs to devices and firmware."""
@@ -195,13 +198,21 @@ class Machine:
         finally:
             for device in self.devices.values():
                 device.alarm.disarm()
-            for task in self._tasks:
+            tasks, self._tasks = self._tasks, []
+            for task in tasks:
                 task.cancel()
             try:
-                # Before their vCPU goes: a handler may still answer, into the run page.
-                await _wait_uncancelled(asyncio.gather(*self._tasks, return_exceptions=True))
+                # Before the vCPUs go: what handlers do at their end may still look at one.
+                if tasks:
+                    await _wait_uncancelled(
+                        asyncio.ensure_future(asyncio.wait(tasks, timeout=SETTLE_LIMIT_S))
+                    )
+                for task in tasks:
+                    if not task.done():
+                        _log.warning("%s ignores its cancellation", task.get_name())
+                    elif not task.cancelled():
+                        task.exception()  # seen
             finally:
-                self._tasks.clear()
                 self._close_cpus()
                 self._platform.close()
                 self.memory.close()
@@ -334,7 +345,8 @@ class Machine:
             self._ending = None  # it was the previous guest's
         if state.platform == "pc":
             self.pio.unmapped = self.mmio.unmapped = Unmapped.OPEN_BUS
-        if self._cpuid is None and not self._has_run:
+        # KVM fixes it at the first entry.
+        if self._cpuid is None and not (self._has_run or any(v.was_stepped for v in self.vcpus)):
             platform.set_cpuid(state.cpuid)
         if state.xcr0:
             platform.enable_xcr0()

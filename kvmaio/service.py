@@ -129,7 +129,7 @@ class Service:
         if isinstance(value, int):
             words[first] = value
             return None
-        return _store(value, words, first)
+        return self._store(value, words, first)
 
     async def _serve_string(
         self, port: int, size: int, count: int, is_write: int, words: Any, first: int
@@ -142,7 +142,11 @@ class Service:
                     await pending
             else:
                 value = self._pio.begin_read(port, size)
-                words[index] = value if isinstance(value, int) else await value
+                if not isinstance(value, int):
+                    value = await value
+                if self._vcpu.is_closed:
+                    return
+                words[index] = value
 
     def _serve_mmio(self) -> Awaitable[None] | None:
         mmio = self._mmio_part
@@ -155,7 +159,12 @@ class Service:
         if isinstance(answer, int):
             self._mmio_word[0] = answer
             return None
-        return _store(answer, self._mmio_word, 0)
+        return self._store(answer, self._mmio_word, 0)
+
+    async def _store(self, value: Awaitable[int], words: Any, index: int) -> None:
+        answer = await value
+        if not self._vcpu.is_closed:  # a handler may take its time to be cancelled
+            words[index] = answer
 
     # ---- everything else -------------------------------------------------------------
 
@@ -181,7 +190,9 @@ class Service:
         return self._finish_hypercall(result)
 
     async def _finish_hypercall(self, result: Awaitable[int]) -> None:
-        self._page.hypercall.ret = await result & _WORD
+        answer = await result & _WORD
+        if not self._vcpu.is_closed:
+            self._page.hypercall.ret = answer
 
     def _shutdown(self) -> None:
         raise EndRun(Shutdown(self.describe_registers()))
@@ -245,7 +256,3 @@ _MMIO = int(Reason.MMIO)
 
 # KVM completes these, too, at the next entry: by writing to the registers.
 _ALSO_COMPLETED = frozenset({Reason.HYPERCALL, Reason.X86_RDMSR, Reason.X86_WRMSR})
-
-
-async def _store(value: Awaitable[int], words: Any, index: int) -> None:
-    words[index] = await value

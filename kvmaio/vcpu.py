@@ -123,6 +123,7 @@ class VCpu:
         state: see the module's drawing.
         stats: counters under gem5's names.
         halted: it is idle because of HLT.
+        was_stepped: `run()` has been called.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class VCpu:
         self.stats = CpuStatistics()
         self.interrupts = Interrupts()
         self.halted = False
+        self.was_stepped = False
         self._state = IDLE
         self._owner = owner
         self._clock = clock
@@ -209,6 +211,7 @@ class VCpu:
         if self._state is IDLE:
             raise ConfigurationError(f"{self.name} is idle; activate() or wakeup() it first")
         limit_ns = self._limit_ns(ticks)
+        self.was_stepped = True
         self._exit_due = False
         result = await self._enter(limit_ns)
         if result is EntryResult.EXIT:
@@ -350,6 +353,11 @@ class VCpu:
     def can_wake(self) -> bool:
         """Idle, but something may still wake it: it takes interrupts, or was suspended."""
         return not self.halted or self.interrupts.nmi or self._takes_interrupts
+
+    @property
+    def is_closed(self) -> bool:
+        """Is the run page gone?"""
+        return self._closed
 
     @property
     def inside(self) -> bool:
@@ -628,6 +636,8 @@ class VCpu:
     # ---- resting --------------------------------------------------------------------
 
     async def _rest(self) -> None:
+        if is_own_cancellation():
+            raise asyncio.CancelledError  # a handler has taken it for its own
         while not self._allowed or (self._state is IDLE and not self._exit_due):
             self._wake.clear()
             await self._wake.wait()
