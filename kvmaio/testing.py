@@ -16,13 +16,15 @@ import heapq
 from collections.abc import Callable
 from itertools import count
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from .bus import Bus
 from .clock import Clock
 from .device import Device
+from .devices import DebugExit, Uart16550
+from .machine import Machine
 
-__all__ = ["BusDriver", "ManualClock", "RecordingIrq", "settle"]
+__all__ = ["BenchMachine", "BusDriver", "ManualClock", "RecordingIrq", "settle"]
 
 # A chain of tasks that wake each other may be this long between two moments.
 SETTLE_ROUNDS = 16
@@ -111,6 +113,24 @@ class RecordingIrq:
 
 
 D = TypeVar("D", bound=Device)
+
+
+class BenchMachine(Machine):
+    """A machine with what a guest in a test wants to talk to.
+
+    Takes `Machine`'s arguments.
+
+    Attributes:
+        serial: port 0x3f8, interrupt line 4.
+        debug_exit: port 0xf4.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # A split irqchip has no lines.
+        line = None if self.irqchip == "split" else 4
+        self.serial = self.attach(Uart16550(), pio=0x3F8, irq=line)
+        self.debug_exit = self.attach(DebugExit(), pio=0xF4)
 
 
 class BusDriver(Generic[D]):

@@ -1,0 +1,142 @@
+"""Pytest plugin: fixtures that start a guest in a line, and the choice of the CPU model.
+
+::
+
+    async def test_guest_prints_a_letter(boot):
+        machine = boot("mov dx, 0x3f8", "mov al, 'A'", "out dx, al", "hlt")
+        await machine.run()
+        assert machine.serial.output == b"A"
+
+The fixtures are asynchronous and need pytest-asyncio. Where the CPU model that
+``--kvmaio-cpu`` asks for cannot run, their tests are skipped with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+# kvmaio itself is imported where it is used: every pytest session loads this module.
+if TYPE_CHECKING:
+    from kvmaio.testing import BenchMachine
+
+__all__ = ["Boot"]
+
+
+class Boot(Protocol):
+    """What the fixture `boot` gives."""
+
+    def __call__(
+        self, *code: str | bytes, mode: str = "real16", address: int = 0x1000, **machine: Any
+    ) -> BenchMachine:
+        """An entered machine with `code` loaded, ready for `run()`.
+
+        Args:
+            code: lines for GNU as (Intel syntax), or one piece of machine code.
+            mode, address: as `kvmaio.boot.Flat`'s.
+            machine: arguments for `Machine`, such as ``memory`` and ``vcpus``.
+        """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("kvmaio").addoption(
+        "--kvmaio-cpu",
+        choices=("auto", "kvm", "soft", "both"),
+        default="auto",
+        help="the CPU model that the fixtures machine and boot use; both: every test twice",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kvmaio_cpu" in metafunc.fixturenames and metafunc.config.getoption("kvmaio_cpu") == "both":
+        metafunc.parametrize("kvmaio_cpu", ("kvm", "soft"), indirect=True)
+
+
+@pytest.fixture
+def kvmaio_cpu(request: pytest.FixtureRequest) -> str:
+    """The CPU model of this test's machines, ``"kvm"`` or ``"soft"``; skips where it cannot run."""
+    wanted: str = getattr(request, "param", None) or request.config.getoption("kvmaio_cpu")
+    reasons = []
+    for model, why_not in (("kvm", why_not_kvm), ("soft", why_not_soft)):
+        if wanted in ("auto", model):
+            if (reason := why_not()) is None:
+                request.node.user_properties.append(("cpu_model", model))
+                return model
+            reasons.append(reason)
+    pytest.skip("; ".join(reasons))
+
+
+def why_not_kvm() -> str | None:
+    """What keeps KVM from running guests here, or None."""
+    from kvmaio.kvm.host import usable
+
+    return usable()
+
+
+def why_not_soft() -> str | None:
+    """What keeps the software CPU from running guests here, or None."""
+    if find_spec("kvmaio.soft") is None:
+        return "this version of kvmaio has no software CPU"
+    if find_spec("unicorn") is None:
+        return "the software CPU is not installed: pip install 'kvmaio[soft]'"
+    return None
+
+
+@pytest.fixture
+def kvmaio_assembler() -> Callable[..., bytes]:
+    """Turns source lines into machine code; override it to keep code that needs no GNU as."""
+    from kvmaio.assembler import assemble
+
+    return lambda lines, mode, address: assemble(*lines, mode=mode, address=address)
+
+
+try:
+    from pytest_asyncio import fixture as async_fixture
+except (
+    ImportError
+):  # pytest then says, where they are used, that it cannot do asynchronous fixtures
+    async_fixture = pytest.fixture  # type: ignore[assignment]
+
+
+@async_fixture
+async def machine(kvmaio_cpu: str) -> AsyncIterator[BenchMachine]:
+    """An entered machine of 16 MiB with a serial port and a debug exit; closed at the end."""
+    from kvmaio.testing import BenchMachine
+
+    async with BenchMachine(cpu=kvmaio_cpu) as machine:
+        yield machine
+
+
+@async_fixture
+async def boot(kvmaio_cpu: str, kvmaio_assembler: Callable[..., bytes]) -> AsyncIterator[Boot]:
+    """A function that boots a guest: `Boot`. Its machines are closed at the end."""
+    from kvmaio.boot import Flat
+    from kvmaio.suspension import Suspended, drive
+    from kvmaio.testing import BenchMachine
+
+    machines: list[BenchMachine] = []
+
+    def boot(
+        *code: str | bytes, mode: str = "real16", address: int = 0x1000, **options: Any
+    ) -> BenchMachine:
+        lines = [piece for piece in code if isinstance(piece, str)]
+        pieces = [piece for piece in code if isinstance(piece, bytes)]
+        if (lines and pieces) or not code:
+            pytest.fail("boot() takes lines of assembler, or machine code as bytes")
+        image = kvmaio_assembler(lines, mode, address) if lines else b"".join(pieces)
+        machine = BenchMachine(**{"cpu": kvmaio_cpu} | options)
+        # Entering awaits nothing; only so can a plain function do it.
+        entered = drive(machine.__aenter__())
+        assert not isinstance(entered, Suspended)
+        machines.append(machine)
+        machine.load(Flat(image, address, mode))
+        return machine
+
+    try:
+        yield boot
+    finally:
+        for machine in machines:
+            await machine.close()
