@@ -1,0 +1,187 @@
+"""gem5's KVM CPU, section B: running and time, a test per row (those about perf aside)."""
+
+import asyncio
+import ctypes
+import errno
+import os
+import re
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from kvmaio import Halted, HostError
+from kvmaio.exits import InterruptedExit, IoExit
+from tests.engine.support import deadline, until
+from tests.engine.test_section_a import SPIN, lone_vcpu
+from tests.scripted import INTERRUPTED, port_out
+
+PERIOD_NS = 1  # of the default clock, 1 GHz
+
+
+@pytest.mark.kvm
+async def test_kvm_run_0_completes_a_pending_read_and_nothing_else(boot):
+    machine = boot("in al, 0x60", "inc bx", "hlt")
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        assert await vcpu.run() == IoExit(0x60, 1, 1, False, b"", ticks=vcpu.last_exit().ticks)
+        page = vcpu.model.page
+        vcpu.model.io_words[1][page.io.data_offset] = 0x5A
+        exits, halves = vcpu.stats.numVMExits, vcpu.stats.numVMHalfEntries
+        assert await vcpu.run(0) == InterruptedExit(ticks=PERIOD_NS)
+    context = vcpu.context
+    assert (context.rax & 0xFF, context.rip, context.rbx) == (0x5A, 0x1002, 0)
+    assert vcpu.stats.numVMExits == exits + 1
+    assert vcpu.stats.numVMHalfEntries == halves + 1
+
+
+@pytest.mark.kvm
+async def test_kvm_run_n_may_run_more_than_asked(boot):
+    machine = boot(*SPIN)
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        exit_ = await vcpu.run(1)
+    assert isinstance(exit_, InterruptedExit) and exit_.timer_expired
+    assert exit_.ticks > 1  # raised to the timer's resolution
+
+
+@pytest.mark.kvm
+async def test_kvm_run_n_may_run_less_than_asked(boot):
+    machine = boot("out 0x10, al", *SPIN)
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        exit_ = await vcpu.run(60_000_000_000)
+    assert isinstance(exit_, IoExit) and exit_.ticks < 60_000_000_000
+
+
+@pytest.mark.kvm
+async def test_kvm_run_n_lets_other_tasks_progress(boot):
+    machine = boot(*SPIN)
+    (vcpu,) = machine.vcpus
+    turns = 0
+
+    async def others():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with deadline():
+        task = asyncio.create_task(others())
+        exit_ = await vcpu.run(20_000_000)
+        task.cancel()
+    assert exit_ == InterruptedExit(ticks=exit_.ticks, timer_expired=True)
+    assert turns > 10
+
+
+async def test_accounting_1000_cycles_at_2_ghz_and_factor_2():
+    """Scripted: the host time is given. 1000 host cycles take 500 ns."""
+    vcpu = lone_vcpu(port_out(0x10, 1), host_factor=2.0)
+    vcpu.model.executed_ns = 500
+    exit_ = await vcpu.run()
+    assert exit_.ticks == 1_000
+    assert (vcpu.stats.numCycles, vcpu.stats.numVMExits) == (2_000, 1)
+    await vcpu.run(0)
+    assert (vcpu.stats.numVMExits, vcpu.stats.numVMHalfEntries) == (2, 1)
+
+
+async def test_host_factor_2_halves_the_armed_host_time():
+    """Scripted: shows the limit that the model gets."""
+    vcpu = lone_vcpu(INTERRUPTED, INTERRUPTED, INTERRUPTED, host_factor=2.0)
+    await vcpu.run(1_000_000)
+    await vcpu.run(10)
+    await vcpu.run()
+    assert vcpu.model.limits == [500_000, vcpu.model.resolution_ns, None]
+
+
+@pytest.mark.kvm
+async def test_get_host_cycles_time_advances_without_perf(boot):
+    machine = boot(*SPIN)
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        exit_ = await vcpu.run(5_000_000)
+    assert exit_.ticks > 0
+    assert vcpu.stats.numCycles >= exit_.ticks * 2  # at 2 GHz; and the idle time before
+
+
+@pytest.mark.kvm
+async def test_ioctl_run_efault_is_a_typed_error(boot):
+    """The host takes a page of the guest's memory away."""
+    machine = boot("mov ebx, 7", "mov eax, [0x300000]", "hlt", mode="user64", memory="4M")
+    (vcpu,) = machine.vcpus
+    page = machine.memory.view(0x30_0000, 4096)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), 4096, 0):
+        pytest.skip(f"mprotect: {os.strerror(ctypes.get_errno())}")
+    try:
+        async with deadline():
+            with pytest.raises(HostError) as caught:
+                await machine.run()
+    finally:
+        libc.mprotect(ctypes.c_void_p(address), 4096, 3)
+    error = caught.value
+    assert (error.operation, error.errno) == ("KVM_RUN", errno.EFAULT)
+    assert "host memory is gone" in str(error)
+    assert "rip" in error.__notes__[0]
+    # What the guest did before that is not lost.
+    assert vcpu.context.rbx == 7
+    machine.memory.write(0x30_0000, b"\x55")
+    async with deadline():
+        assert await machine.run() == Halted()
+    assert vcpu.context.rax == 0x55
+
+
+@pytest.mark.kvm
+async def test_ioctl_run_eintr_is_normal_and_eagain_of_an_application_processor(boot):
+    """The application processor waits for its SIPI, and can be kicked while it does."""
+    machine = boot(*SPIN, vcpus=2)
+    boot_cpu, other = machine.vcpus
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: boot_cpu.inside and other.inside)
+        other.kick()
+        boot_cpu.kick()
+        await until(lambda: other.stats.numExitSignal and boot_cpu.stats.numExitSignal)
+        machine.stop()
+        await run
+
+
+def blocked_signals(thread):
+    """The mask of a thread of ours: bit n - 1 is signal n."""
+    status = Path(f"/proc/self/task/{thread}/status").read_text()
+    (mask,) = re.findall(r"^SigBlk:\s*(\w+)", status, re.M)
+    return int(mask, 16)
+
+
+@pytest.mark.kvm
+async def test_signal_mask_the_vcpu_thread_blocks_the_kick_signal(boot):
+    before = set(os.listdir("/proc/self/task"))
+    machine = boot("hlt")
+    (thread,) = set(os.listdir("/proc/self/task")) - before
+    assert blocked_signals(thread) >> signal.SIGRTMIN - 1 & 1
+    await machine.close()
+
+
+@pytest.mark.kvm
+async def test_discard_pending_signal_a_late_timer_does_not_abort_the_next_entry(boot):
+    machine = boot("again: out 0x10, al", "jmp again")
+    (vcpu,) = machine.vcpus
+    async with deadline(20):
+        for _ in range(300):
+            await vcpu.run(1)  # the timer is due at about the time of the exit
+            assert type(await vcpu.run()) is IoExit
+
+
+@pytest.mark.kvm
+async def test_startup_thread_a_new_thread_gets_kicks(boot):
+    for _ in range(2):
+        machine = boot(*SPIN)
+        (vcpu,) = machine.vcpus
+        async with deadline():
+            run = asyncio.create_task(vcpu.run())
+            await until(partial(getattr, vcpu, "inside"))
+            vcpu.kick()
+            assert type(await run) is InterruptedExit
+        await machine.close()
