@@ -179,6 +179,7 @@ class ScriptedCpu:
         self.executed_ns = executed_ns
         self.batch: deque[PostedWrite] = deque()
         self._kicked = False
+        self._result: EntryResult | None = None
         self._inside: asyncio.Future[EntryResult] | None = None
 
     # ---- for steps ---------------------------------------------------------------------
@@ -207,6 +208,13 @@ class ScriptedCpu:
             return self.steps.popleft()(self)
         self._inside = asyncio.get_running_loop().create_future()
         return None
+
+    def begin(self, limit_ns: int) -> None:
+        self._result = self.enter(limit_ns)
+
+    def finish(self) -> EntryResult:
+        assert self._result is not None, "a guest that runs until it is kicked"
+        return self._result
 
     async def left(self) -> EntryResult:
         assert self._inside is not None
@@ -256,6 +264,9 @@ class ScriptedCpu:
     def posted(self) -> Iterator[PostedWrite]:
         while self.batch:
             yield self.batch.popleft()
+
+    def ring_doorbells(self) -> bool:
+        return False
 
     def dump(self) -> str:
         return "scripted registers"

@@ -269,7 +269,7 @@ async def test_races_by_hand_every_access_comes_once():
         expected = interrupted = 0
         try:
             async with deadline(300):
-                for _ in range(RACES // 8):
+                for _ in range(RACES // 5):
                     exit_ = await vcpu.run(rng.choice((None, 0, 1, 60_000)))
                     match exit_:
                         case IoExit(is_write=True):
@@ -390,7 +390,7 @@ def test_races_of_the_core_a_late_kick_ends_only_its_run(core):
     thread.start()
     try:
         interrupted = set()
-        for _ in range(RACES // 16):
+        for _ in range(RACES // 8):
             run = lib.kvmaio_vcpu_enter(core.vcpu, -1)
             latest = run
             if core.wait() == lib.KVMAIO_INTERRUPTED:
