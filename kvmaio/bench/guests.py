@@ -13,7 +13,7 @@ import attrs
 from ..boot import Flat
 from ..device import Device
 from ..exits import EndRun, Exited
-from ..kvm._native import lib
+from ..kvm._native import ffi, lib
 from ..kvm.cpu import KvmCpu
 from ..kvm.gate import check
 from ..machine import Machine
@@ -39,6 +39,8 @@ __all__ = [
 PORT = 0x3F8
 ADDRESS = 0xA0000
 """Just above the RAM of the real-mode guests."""
+
+KVM_SET_SIGNAL_MASK = 0x4004_AE8B  # _IOW(KVMIO, 0x8b, struct kvm_signal_mask)
 
 _START = 0x1000
 
@@ -167,6 +169,8 @@ class Raw:
             machine.load(guest.image())
             raw = cls(machine)
             raw.model.write_context(machine.vcpus[0].context)
+            # As a plain program has it: without the mask for the vCPU's own thread.
+            check(lib.kvmaio_ioctl(raw.model.fd, KVM_SET_SIGNAL_MASK, ffi.NULL), "no signal mask")
             yield raw
 
     def run(self, exits: int) -> float:
