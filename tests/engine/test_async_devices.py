@@ -359,7 +359,7 @@ async def test_an_error_of_a_devices_run_comes_out_of_run_with_a_note(boot):
         with pytest.raises(LookupError, match="broken on purpose") as caught:
             await machine.run()
     notes = "\n".join(caught.value.__notes__)
-    assert "in the run() of device broken0" in notes
+    assert "in broken0.run()" in notes
     assert "meanwhile cpu0 was here" in notes and "rip" in notes
 
 
