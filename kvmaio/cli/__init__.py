@@ -27,6 +27,7 @@ from .. import __version__
 from ..doctor import why_no_guest
 from ..errors import KvmaioError
 from .bench import bench
+from .checkpoint import checkpoint
 from .doctor import doctor
 from .reports import EXIT_INTERRUPTED, explain, say
 from .run import run
@@ -58,6 +59,7 @@ def demo() -> int:
 commands.add_command(run)
 commands.add_command(doctor)
 commands.add_command(bench)
+commands.add_command(checkpoint)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
