@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from .boot.faults import FaultFrame
 from .boot.image import BootState, Image
 from .bus import Bus, Unmapped
 from .clock import LoopClock
 from .declared_paths import DeclaredPaths
 from .device import Device
 from .errors import ConfigurationError, HostError
-from .exits import EndRun, Halted, Outcome, Stopped, VmExit
+from .exits import EndRun, Halted, Outcome, Shutdown, Stopped, VmExit
 from .irq import IrqLine
 from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
@@ -128,6 +129,7 @@ class Machine:
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._has_run = False
+        self._fault_frame: int | None = None
         self._delivers = False
         self._run_active = False
         self._ending: Outcome | BaseException | None = None
@@ -343,6 +345,7 @@ class Machine:
         state = image.place(self.memory)
         if isinstance(self._ending, Outcome):
             self._ending = None  # it was the previous guest's
+        self._fault_frame = state.fault_frame
         if state.platform == "pc":
             self.pio.unmapped = self.mmio.unmapped = Unmapped.OPEN_BUS
         # KVM fixes it at the first entry.
@@ -437,6 +440,11 @@ class Machine:
         self._end_if_halted()
 
     def ended(self, vcpu: VCpu, outcome: Outcome) -> None:
+        if isinstance(outcome, Shutdown) and self._fault_frame is not None:
+            # The registers tell of the shutdown, on some hosts of a reset: this of its cause.
+            fault = FaultFrame.read(self.memory, self._fault_frame)
+            if fault is not None:
+                outcome = Shutdown(f"{fault}\n{outcome.dump}")
         self._end(outcome)
 
     def failed(self, vcpu: VCpu, error: BaseException) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["PRIVATE_PAGES", "MemorySlots"]
 
 # KVM itself maps these (identity map page, three TSS pages) into the guest on some Intel hosts,
-# and no slot may lie there: between device space and the firmware, as everybody has it.
-PRIVATE_PAGES = range(0xFFFBC000, 0xFFFC0000)
+# and no slot may lie there: right below the 16 MiB that firmware may need at the top of 4 GiB.
+PRIVATE_PAGES = range(0xFEFFC000, 0xFF000000)
 
 
 @attrs.define
@@ -77,8 +77,8 @@ class MemorySlots:
         if base < PRIVATE_PAGES.stop and base + size > PRIVATE_PAGES.start:
             raise ConfigurationError(
                 f"cannot add {what} at {base:#x}..{base + size - 1:#x}: KVM keeps "
-                f"{PRIVATE_PAGES.start:#x}..{PRIVATE_PAGES.stop - 1:#x} for itself; end RAM at or "
-                "below 0xc0000000 and go on at 0x100000000"
+                f"{PRIVATE_PAGES.start:#x}..{PRIVATE_PAGES.stop - 1:#x} for itself; place it "
+                "elsewhere (RAM best ends at 0xc0000000 and goes on at 0x100000000)"
             )
         if len(self._used) >= self._limit:
             raise ConfigurationError(
