@@ -8,6 +8,7 @@ turn, and its wait becomes the guest's run (`_resident.c` has the races).
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 import time
 from collections import deque
@@ -209,26 +210,31 @@ class SliceTurns:
     def __init__(self, residents: Residents, loop: asyncio.AbstractEventLoop) -> None:
         self._residents = residents
         self._loop = loop
-        self._next: asyncio.Handle | None = None
+        # Readable while a guest waits. Not call_soon(): a callback that a KeyboardInterrupt kept
+        # from running would be gone, and the guest's turns with it.
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_ready = False
+        loop.add_reader(self._fd, self._turn)
 
     def parked(self) -> None:
-        if self._next is None:
-            self._next = self._loop.call_soon(self._turn)
+        if not self._is_ready:
+            os.eventfd_write(self._fd, 1)
+            self._is_ready = True
 
     def close(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def _turn(self) -> None:
         residents = self._residents
-        self._next = None
-        if not residents.waiting:
-            return
-        try:
+        if residents.waiting:
             now_ns = time.monotonic_ns()
             cpu = residents.turn(now_ns, now_ns + residents.slice_ns)
             if cpu is not None:
                 residents.deliver(cpu)
-        finally:  # a KeyboardInterrupt ends the loop's run, not the guest's
-            if residents.waiting:
-                self.parked()
+        # The guest's task has run, and may have closed the last machine.
+        if not residents.waiting and self._fd >= 0:
+            self._is_ready = False  # before the read: once too often readable does no harm
+            os.eventfd_read(self._fd)

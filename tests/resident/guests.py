@@ -23,6 +23,7 @@ __all__ = [
     "LOOPS",
     "PATIENCE",
     "PORT",
+    "SPINNING",
     "STORMING",
     "SVMLAB",
     "Port",
@@ -44,6 +45,8 @@ T = TypeVar("T")
 
 # All: mov dx, 0x3f8
 _DX = "baf803"
+# forever: jmp forever
+SPINNING = bytes.fromhex("ebfe")
 # again: out dx, al; jmp again
 STORMING = bytes.fromhex(_DX + "ee ebfd")
 # mov cx, 400; again: out dx, al; loop again; forever: jmp forever
@@ -107,7 +110,9 @@ async def resident(machine: Machine) -> KvmCpu:
 
 
 def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    """How many this process has, KVM's own workers not counted."""
+    names = (task / "comm" for task in Path("/proc/self/task").iterdir())
+    return sum(not name.read_text().startswith("kvm-") for name in names)
 
 
 def posix_timers() -> str:
