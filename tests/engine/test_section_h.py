@@ -346,3 +346,25 @@ async def test_dump_after_an_error_of_a_scripted_cpu(monkeypatch):
             with pytest.raises(GuestError, match="an exit that nothing answers") as caught:
                 await machine.run()
         assert "the registers could not be read: no registers" in caught.value.dump
+
+
+@pytest.mark.kvm
+async def test_application_processors_that_ran_wait_for_a_sipi_after_a_second_load(boot, assembler):
+    """The first guest leaves them spinning; the second has not started them."""
+    machine = boot(
+        *START_OTHERS,
+        *("await: cmp dword ptr [0x3000], 1", "jb await", "mov al, 5", "out 0xf4, al"),
+        mode="prot32",
+        vcpus=2,
+    )
+    machine.memory.write(0x8000, assembler("again: lock inc dword ptr [0x3000]", "jmp again"))
+    again = assembler(
+        *("mov ecx, 3000", "pause: loop pause", "mov al, 6", "out 0xf4, al"),
+        mode="prot32",
+        address=0x5000,
+    )
+    async with deadline(30):
+        assert (await machine.run()).code == 11
+        machine.load(Flat(again, 0x5000, "prot32"))
+        assert (await machine.run()).code == 13
+    assert machine.vcpus[1].context.rip == 0xFFF0
