@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.engine.support import LAB
+
 GUEST = """
 import pytest
 
@@ -36,7 +38,8 @@ def session(folder, *options):
     """The last lines of a pytest session over GUEST."""
     (folder / "test_guest.py").write_text(GUEST)
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *options]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=50)
+    limit_s = 500 if LAB else 50
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit_s)
     return result.stdout + result.stderr
 
 
