@@ -55,12 +55,16 @@ class LoopClock:
         # Both asyncio's and uvloop's time is CLOCK_MONOTONIC, but uvloop's is a cached number
         # of milliseconds. A loop with a time of its own has `time_ns`.
         self._time_ns: Callable[[], int] = getattr(loop, "time_ns", time.monotonic_ns)
+        # And exact timers: a float holds whole nanoseconds for some months only.
+        self._call_at_ns: Callable[..., Cancellable] | None = getattr(loop, "call_at_ns", None)
 
     @property
     def now_ns(self) -> int:
         return self._time_ns()
 
     def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
+        if self._call_at_ns is not None:
+            return self._call_at_ns(deadline_ns, callback)
         return self._loop.call_at(deadline_ns / 1e9, callback)
 
 

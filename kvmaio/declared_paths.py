@@ -16,11 +16,13 @@ import attrs
 from .device import Device
 from .platform import Platform
 from .registers import Register, SharedRegister
+from .simulation import SimulationLoop
 
 __all__ = ["DeclaredPaths"]
 
 FLUSH_S = 0.005
-"""A batched write reaches its device within this time, even if the guest makes no exit."""
+"""A batched write reaches its device within this time, even if the guest makes no exit; with
+simulated time, by the end of the slice in which it was made."""
 
 
 @attrs.frozen(eq=False)
@@ -75,11 +77,16 @@ class DeclaredPaths:
         for declared in self._declared:
             self._take(platform, declared)
 
+    def flush_soon(self) -> None:
+        """There may be batched writes: have `deliver()` serve them now."""
+        self._flush_now.set()
+
     async def deliver(self, flush: Callable[[], Awaitable[None]]) -> None:
         """Call `flush` again and again; for ever."""
+        simulated = isinstance(asyncio.get_running_loop(), SimulationLoop)
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_S):
+                async with asyncio.timeout(None if simulated else FLUSH_S):
                     await self._flush_now.wait()
             self._flush_now.clear()
             await flush()

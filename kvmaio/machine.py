@@ -244,6 +244,8 @@ class Machine:
             host_factor=self._host_factor,
             clock_hz=self._clock_hz,
         )
+        if isinstance(model, TimedCpu):
+            model.belongs_to(f"{self.name}.{vcpu.name}", vcpu.stats, self._paths.flush_soon)
         vcpu.on_hypercall(self._hypercall)
         return vcpu
 

@@ -69,6 +69,15 @@ class CpuStatistics(Statistics):
     numHalt: int = stat("Count", "exits for HLT")
     numInterrupts: int = stat("Count", "interrupts and NMIs that the engine injected")
     numHypercalls: int = stat("Count", "exits for hypercalls")
+    ticksOvershot: int = stat(
+        "Tick", "simulated time by which runs passed their ends; the next ones are shorter by it"
+    )
+    ticksLate: int = stat(
+        "Tick", "simulated time by which exits were served after the CPU's own time"
+    )
+    ticksAhead: int = stat(
+        "Tick", "simulated time by which the CPU was ahead of those who interrupted it"
+    )
     ctrInsts: int | None = stat(
         "Count", "instructions since the counter was last set up; unknown without one", None
     )

@@ -6,21 +6,38 @@ vCPU's state machine does not know that time is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import attrs
 
 from .arrival import Arrival
 from .cpu import Context, CpuModel, CpuState, EntryResult, PostedWrite
 from .errors import ConfigurationError, KvmaioError
 from .simulation import SimulationLoop
+from .stats import CpuStatistics
 
 __all__ = ["TimedCpu"]
 
-MOST_ENTRIES_WITHOUT_PROGRESS = 10_000
+MOST_ENTRIES_WITHOUT_PROGRESS = 100_000
+"""More than one instruction can legally make: REP OUTS with 65536 elements."""
+
+LONGEST_SLICE_NS = 10_000_000
+"""Host time for which the loop looks at nothing else, signals included."""
+
+SLICES_KEPT = 64
 
 
 class TimedCpu:
-    """See `kvmaio.cpu.CpuModel`, and `kvmaio.simulation.SimulatedGuest`."""
+    """See `kvmaio.cpu.CpuModel`, and `kvmaio.simulation.SimulatedGuest`.
+
+    Attributes:
+        name: of the vCPU, for messages.
+        local_ns: its own time; ahead of the loop's by its debt.
+    """
 
     def __init__(self, model: CpuModel, loop: SimulationLoop, host_factor: float) -> None:
         self.model = model
@@ -30,18 +47,35 @@ class TimedCpu:
         self.page: Any = model.page
         self.io_words = model.io_words
         self.mmio_word = model.mmio_word
+        self.name = "a vCPU"
+        self._stats = CpuStatistics()
+        self._flush_soon: Callable[[], None] | None = None
         self.local_ns = loop.time_ns()
         self._loop = loop
+        self._thread = threading.get_ident()
         self._factor = host_factor
         self._arrival = Arrival(loop)
+        # The entry: begun, run in slices, over, arrived.
         self._inside = False
-        self._result: EntryResult = EntryResult.INTERRUPTED
+        self._over = False
+        self._slicing = False  # the model is in the guest, or its result not yet taken
+        self._has_run = False
+        self._result = EntryResult.INTERRUPTED
         self._error: Exception | None = None
-        self._until_ns = 0  # of the slice under way
         self._end_ns: int | None = None  # of the entry, where it is limited
+        self._until_ns = 0  # of the slice
         self._executed_ns = 0
+        self._fraction_ns = 0.0  # of guest time, executed and not yet counted
         self._kicked = False
-        self._without_progress = 0
+        self._ended_at_ns = -1
+        self._entries_without_progress = 0
+        self._slices: deque[tuple[int, int]] = deque(maxlen=SLICES_KEPT)  # wall clock, local
+
+    def belongs_to(self, name: str, stats: CpuStatistics, flush_soon: Callable[[], None]) -> None:
+        """Say whose it is; `flush_soon` has the batched writes served that a slice has left."""
+        self.name = name
+        self._stats = stats
+        self._flush_soon = flush_soon
 
     # ---- entering ---------------------------------------------------------------
 
@@ -50,6 +84,7 @@ class TimedCpu:
         if limit_ns == 0 or self._kicked:
             self._kicked = False
             return self.half_entry()
+        self._over = self._has_run = False
         self._inside = True
         self._loop.park(self)
         ticks = None if limit_ns is None else max(1, int(limit_ns * self._factor))
@@ -74,14 +109,16 @@ class TimedCpu:
         return result
 
     def kick(self) -> None:
+        # The flag before the look: `run_slice` does it the other way round.
         self._kicked = True
-        self.model.kick_run()
-        self._loop.call_soon_threadsafe(_look)
+        if self._slicing:
+            self.model.kick()
+        if threading.get_ident() != self._thread and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_look)
 
     def kick_run(self) -> None:
-        if self._inside:
+        if self._inside and not self._over:
             self._kicked = True
-            self.model.kick_run()
 
     # ---- what the loop calls ------------------------------------------------------
 
@@ -89,59 +126,120 @@ class TimedCpu:
     def wants_out(self) -> bool:
         return self._kicked
 
-    def interrupted(self) -> None:
-        self._kicked = False
+    def interrupted(self) -> int:
+        now_ns = self._loop.time_ns()
+        self._stats.ticksAhead += self.local_ns - now_ns
+        if self._has_run:
+            self._end(EntryResult.INTERRUPTED)
+            return now_ns
         # An entry completes a pending access, also one that is ended before it has run.
-        ran = self._executed_ns > 0
-        self._result = EntryResult.INTERRUPTED if ran else self.half_entry()
+        try:
+            self._end(self.half_entry())
+        except Exception as error:
+            self.give_up(error)
+        return self.local_ns if self._result is EntryResult.EXIT else now_ns
 
     def run_slice(self, until_ns: int) -> None:
         if self._end_ns is not None:
             until_ns = min(until_ns, self._end_ns)
-        self._until_ns = until_ns
         host_ns = int((until_ns - self.local_ns) / self._factor)
+        if host_ns > LONGEST_SLICE_NS:
+            host_ns = LONGEST_SLICE_NS
+            until_ns = self.local_ns + int(host_ns * self._factor)
+        self._until_ns = until_ns
+        self._slicing = True
+        if self._kicked:
+            self._slicing = False
+            return
+        self._slices.append((time.monotonic_ns(), self.local_ns))
+        self._has_run = True
         self.model.begin(max(self.model.resolution_ns, host_ns))
 
     def end_slice(self) -> bool:
+        if not self._slicing:
+            return self._over
         try:
             result = self.model.finish()
         except Exception as error:
-            self._error = error
+            self._slicing = False
+            self.give_up(error)
             return True
-        executed_ns = self.model.executed_ns
-        self._executed_ns += executed_ns
-        self.local_ns += int(executed_ns * self._factor)
+        self._slicing = False
+        self._book(self.model.executed_ns)
         if result is EntryResult.TIMER:
             # The run timer has expired: an idle guest gets to the event all the same.
             self.local_ns = max(self.local_ns, self._until_ns)
-            if self._end_ns is None or self.local_ns < self._end_ns:
-                return False
-        elif not executed_ns and self._stands_still():
-            return True
-        self._kicked = self._kicked and result is not EntryResult.INTERRUPTED
-        self._result = result
-        return True
+        self._stats.ticksOvershot += max(0, self.local_ns - self._until_ns)
+        if result is EntryResult.EXIT or (result is EntryResult.INTERRUPTED and self._kicked):
+            self._end(result)
+        elif self._end_ns is not None and self.local_ns >= self._end_ns:
+            self._end(EntryResult.TIMER)
+        elif self._flush_soon is not None and self.model.has_posted():
+            self._flush_soon()
+        return self._over
 
     def arrived(self) -> None:
-        self._inside = False
-        self._arrival.set()
+        if self._inside and self._over:
+            self._stats.ticksLate += max(0, self._loop.time_ns() - self.local_ns)
+            self._inside = False
+            self._arrival.set()
 
-    def _stands_still(self) -> bool:
-        self._without_progress += 1
-        if self._without_progress < MOST_ENTRIES_WITHOUT_PROGRESS:
-            return False
-        self._without_progress = 0
-        self._error = KvmaioError(
-            f"a vCPU left its guest {MOST_ENTRIES_WITHOUT_PROGRESS} times without executing "
-            "anything: simulated time stands still"
-        )
-        return True
+    def give_up(self, error: Exception) -> None:
+        self._error = error
+        self._kicked = False
+        self._over = True
+
+    def _book(self, executed_ns: int) -> None:
+        self._executed_ns += executed_ns
+        guest_ns = executed_ns * self._factor + self._fraction_ns
+        self.local_ns += int(guest_ns)
+        self._fraction_ns = guest_ns - int(guest_ns)
+
+    def _end(self, result: EntryResult) -> None:
+        self._result = result
+        self._kicked = False  # the kick was for the entry that is over now
+        self._over = True
+        if self.local_ns > self._ended_at_ns:
+            self._ended_at_ns = self.local_ns
+            self._entries_without_progress = 0
+            return
+        self._entries_without_progress += 1
+        if self._entries_without_progress >= MOST_ENTRIES_WITHOUT_PROGRESS:
+            self._entries_without_progress = 0
+            self.give_up(
+                KvmaioError(
+                    f"{self.name} left its guest {MOST_ENTRIES_WITHOUT_PROGRESS} times without "
+                    f"executing anything: simulated time stands still at {self.local_ns} ns"
+                )
+            )
 
     def begin(self, limit_ns: int) -> None:
         raise ConfigurationError("with simulated time, the loop alone runs guests in place")
 
     def finish(self) -> EntryResult:
         raise ConfigurationError("with simulated time, the loop alone runs guests in place")
+
+    # ---- batched writes --------------------------------------------------------------
+
+    def has_posted(self) -> bool:
+        return self.model.has_posted()
+
+    def posted(self) -> Iterator[PostedWrite]:
+        """The model's; its times are by the host's clock, and become guest time."""
+        for write in self.model.posted():
+            if write.time_ns is not None:
+                write = attrs.evolve(write, time_ns=self._guest_time(write.time_ns))
+            yield write
+
+    def _guest_time(self, wall_ns: int) -> int:
+        for started_wall_ns, started_ns in reversed(self._slices):
+            if wall_ns >= started_wall_ns:
+                guest_ns = started_ns + int((wall_ns - started_wall_ns) * self._factor)
+                return min(guest_ns, self.local_ns)
+        return self._slices[0][1] if self._slices else self.local_ns
+
+    def ring_doorbells(self) -> bool:
+        return self.model.ring_doorbells()
 
     # ---- the rest is the model's -----------------------------------------------------
 
@@ -162,15 +260,6 @@ class TimedCpu:
 
     def nmi(self) -> None:
         self.model.nmi()
-
-    def has_posted(self) -> bool:
-        return self.model.has_posted()
-
-    def posted(self) -> Iterator[PostedWrite]:
-        return self.model.posted()
-
-    def ring_doorbells(self) -> bool:
-        return self.model.ring_doorbells()
 
     def dump(self) -> str:
         return self.model.dump()
