@@ -105,7 +105,7 @@ def test_memory_right_around_the_private_pages_is_fine(vm, memory):
 
 def test_memory_that_was_there_first_is_checked(kvm):
     memory = GuestMemory()
-    memory.add_ram(0xFFF00000, 0x100000)
+    memory.add_ram(0xFEF00000, 0x100000)
     with KvmVm(kvm) as vm, pytest.raises(ConfigurationError, match="KVM keeps"):
         vm.attach_memory(memory)
     memory.close()
