@@ -129,14 +129,15 @@ class Residents:
         if len(self.waiting) > 1:
             deadline_ns = min(deadline_ns, now_ns + self.slice_ns)
             self.waiting.rotate(-1)
-        outcome = lib.kvmaio_resident_wait(self.handle, cpu.handle, deadline_ns)
-        ended_ns = time.monotonic_ns()
+        handle = cpu.handle
+        before_ns = handle.inside_ns
+        outcome = lib.kvmaio_resident_wait(self.handle, handle, deadline_ns)
         if outcome != lib.KVMAIO_LATER:
-            self._last_turn_ns = ended_ns
+            self._last_turn_ns = time.monotonic_ns()
             return cpu
         # Less is none: a loop with a timer every few microseconds would starve the guest.
-        if ended_ns - now_ns >= self.slice_ns // 2:
-            self._last_turn_ns = ended_ns
+        if handle.inside_ns - before_ns >= self.slice_ns // 2:
+            self._last_turn_ns = time.monotonic_ns()
         cpu.still_waiting()
         return None
 
