@@ -32,6 +32,7 @@ from .cpu import Context, CpuModel, EntryResult
 from .decode import decode
 from .errors import ConfigurationError, GuestError
 from .exits import EndRun, InterruptedExit, Outcome, VmExit
+from .instruction_events import InstructionEvents, instruction_stop
 from .interrupts import Interrupts
 from .registers_sync import Newer, SyncedContext
 from .service import HypercallHandler, Service
@@ -164,6 +165,7 @@ class VCpu:
         self._unanswered = False  # it has suspended, and its answer goes to the run page
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
+        self._events: InstructionEvents | None = None
         self._wake = asyncio.Event()
         self._leave_waiters: list[asyncio.Future[None]] = []
 
@@ -214,6 +216,8 @@ class VCpu:
         self.was_stepped = True
         self._exit_due = False
         result = await self._enter(limit_ns)
+        while self._events is not None and self._events.stepping and limit_ns != 0:
+            result = await self._enter(limit_ns)
         if result is EntryResult.EXIT:
             return decode(self.model.page, self.model.io_words, self.ticks)
         return InterruptedExit(ticks=self.ticks, timer_expired=result is EntryResult.TIMER)
@@ -276,6 +280,41 @@ class VCpu:
         self.interrupts.nmi = True
         self._attend()
 
+    async def at_instruction(self, count: int, *, from_now: bool = False) -> None:
+        """Wait until the guest has executed `count` instructions since its reset.
+
+        Whoever awaits this directly has a turn before the guest goes on: what it
+        sees is the guest behind exactly that instruction. An access counts when it
+        is completed, HLT when it halts, a REP string instruction once, and the
+        delivery of an interrupt not at all. A count that is reached already returns
+        at once.
+
+        Under KVM without an instruction counter the guest is single-stepped until
+        then, at some 10,000 instructions a second; a kick and an entry that is
+        interrupted lose nothing. Exact on PVM in its emulated modes. With VMX and SVM
+        the trap flag shows in what the guest pushes of RFLAGS, a page fault's handler
+        goes uncounted, and a count between MOV SS and the instruction behind it comes
+        one late.
+
+        Args:
+            count: from 0.
+            from_now: count from the instruction that comes next, not from the reset.
+
+        Raises:
+            ConfigurationError: this host or CPU model cannot stop there, or found on the
+                way that it cannot; or the count since reset is unknown, as the guest
+                has run uncounted.
+        """
+        if self._events is None:
+            self._events = InstructionEvents(
+                instruction_stop(self.model), self.stats, fresh=self._fresh
+            )
+        future = self._events.add(count, from_now=from_now)
+        if not self._inside and (not self._allowed or self._state is IDLE):
+            self._events.complete_due()  # there may be no entry that would
+        self.model.kick_run()
+        await future
+
     def init(self) -> None:
         """INIT: reset the registers and wait for a start-up IPI (SDM vol. 3A, 9.4)."""
         self._must_be_outside("INIT")
@@ -308,7 +347,9 @@ class VCpu:
         while True:
             try:
                 while self._allowed:
-                    if self._exit_due:
+                    if self._events is not None and self._events.fired:
+                        await self._events.let_waiters_run()
+                    elif self._exit_due:
                         pending = self._begin_service()
                         if pending is not None:
                             rest = drive(pending)
@@ -320,7 +361,7 @@ class VCpu:
                     elif self._state is IDLE:
                         break
                     elif self._start(None) is None:
-                        await self._arrival(half=False)
+                        await self._arrival()
             except EndRun as end:
                 self._served_by_ending()
                 self._owner.ended(self, end.outcome)
@@ -386,6 +427,8 @@ class VCpu:
         self._become_idle()
         self._fresh = True
         self.halted = False
+        if self._events is not None:
+            self._events.reset()
 
     @property
     def ticks(self) -> int:
@@ -418,6 +461,8 @@ class VCpu:
         """End the model's thread. Idempotent."""
         self._closed = True
         self._registers.locked = _CLOSED
+        if self._events is not None:
+            self._events.close()
         self.model.close()
 
     # ---- entering -----------------------------------------------------------------
@@ -432,7 +477,7 @@ class VCpu:
     async def _enter(self, limit_ns: int | None) -> EntryResult:
         """One entry: sync, inject, run, account."""
         result = self._start(limit_ns)
-        return await self._arrival(half=limit_ns == 0) if result is None else result
+        return await self._arrival() if result is None else result
 
     def _start(self, limit_ns: int | None) -> EntryResult | None:
         """Begin an entry: its result if it is over already, else await `_arrival()`."""
@@ -442,6 +487,9 @@ class VCpu:
             if result is not None:
                 self._account(result, half=True)
                 return result
+        if self._events is not None:
+            limit_ns = self._events.before_entry(limit_ns, registers.access_pending)
+        self._was_half = limit_ns == 0
         try:
             result = self.model.enter(limit_ns)
         finally:
@@ -451,10 +499,10 @@ class VCpu:
             self._inside = True
             registers.locked = _LOCKED
             return None
-        self._account(result, half=limit_ns == 0)
+        self._account(result, half=self._was_half)
         return result
 
-    async def _arrival(self, *, half: bool) -> EntryResult:
+    async def _arrival(self) -> EntryResult:
         """Wait for the end of the entry that `_start()` began."""
         cancelled: asyncio.CancelledError | None = None
         try:
@@ -471,7 +519,7 @@ class VCpu:
             self._registers.locked = None
             if self._leave_waiters:
                 self._tell_leave_waiters()
-        self._account(result, half=half)
+        self._account(result, half=self._was_half)
         if cancelled is not None:
             raise cancelled
         return result
@@ -487,6 +535,8 @@ class VCpu:
                     return EntryResult.EXIT
                 self._count_half_entry()
                 registers.access_pending = False
+                if self._events is not None:
+                    self._events.after_entry(EntryResult.INTERRUPTED)
             registers.push()
         if self.interrupts.need_attention:
             self._inject()
@@ -498,6 +548,7 @@ class VCpu:
         page = model.page
         page.request_interrupt_window = 0
         interrupts.window_requested = False
+        delivered = self.stats.numInterrupts
         if interrupts.nmi:
             interrupts.nmi = False
             model.nmi()
@@ -512,9 +563,13 @@ class VCpu:
         if interrupts.maskable:
             page.request_interrupt_window = 1
             interrupts.window_requested = True
+        if self._events is not None and self.stats.numInterrupts != delivered:
+            self._events.interrupted()
 
     def _account(self, result: EntryResult, *, half: bool) -> None:
         """Book the entry that has just ended, and change the state by its result."""
+        if self._events is not None:
+            result = self._events.after_entry(result)
         stats = self.stats
         stats.numVMExits += 1
         self._executed_ns = executed_ns = self.model.executed_ns

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..arrival import Arrival
 from ..cpu import Context, CpuState, EntryResult, PostedWrite
 from ..dump import format_state
-from ..errors import HostError
+from ..errors import ConfigurationError, HostError
 from . import state
 from ._native import ffi, lib
 from .context import context_from, get_context, set_context
@@ -18,6 +18,7 @@ from .gate import check
 from .hub import Hub
 from .promotion import Promotion
 from .resident import Residents
+from .stepping import SingleStepper
 from .vm import KvmVm
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class KvmCpu:
         }
         self.mmio_word = ffi.cast("uint64_t *", self.page.mmio.data)
         self.fast: FastPaths | None = None
+        self._suspended_fast: Any = None
+        self._stop: SingleStepper | None = None
         self._arrival = Arrival(hub.loop)
         self._inside = False
         self._promotion = Promotion(hub.costs)
@@ -193,7 +196,8 @@ class KvmCpu:
             self._move_out()
 
     def _may_move_in(self) -> bool:
-        if not self._promotion.exits_often() or not self._hub.residents.has_room():
+        often = self._promotion.exits_often(self.handle.inside_ns)
+        if not often or not self._hub.residents.has_room():
             return False
         residents = self._hub.residents
         residents.move_in(self)
@@ -262,6 +266,40 @@ class KvmCpu:
 
     def ring_doorbells(self) -> bool:
         return self.fast is not None and self.fast.ring_doorbells()
+
+    def suspend_fast_paths(self, suspend: bool) -> None:
+        """Have every access come as an exit of its own; or no longer."""
+        handle = self.handle
+        if suspend and handle.fast != ffi.NULL:
+            self._suspended_fast, handle.fast = handle.fast, ffi.NULL
+        elif not suspend and self._suspended_fast is not None:
+            handle.fast, self._suspended_fast = self._suspended_fast, None
+
+    # ---- single steps ----------------------------------------------------------------
+
+    @property
+    def instruction_stop(self) -> SingleStepper:
+        """What ends entries at an instruction count; see `kvmaio.instruction_events`."""
+        if self._stop is None:
+            self._stop = SingleStepper(self)
+        return self._stop
+
+    @property
+    def emulates_kernel_code(self) -> bool:
+        """Is all but 64-bit CPL3 code run by KVM's instruction emulator?"""
+        return self._kvm.emulates_kernel_code
+
+    @property
+    def can_debug(self) -> bool:
+        """Can the host single-step the guest?"""
+        return bool(self._kvm.capability(lib.KVM_CAP_SET_GUEST_DEBUG))
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        """What lies at a guest-physical address; nothing where there is no memory."""
+        try:
+            return self._vm.memory.read(address, size)
+        except ConfigurationError:
+            return b""
 
     # ---- the end --------------------------------------------------------------------
 

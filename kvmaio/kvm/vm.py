@@ -123,6 +123,7 @@ class KvmVm:
             self.slots.check(region.base, region.size, "ROM" if region.readonly else "RAM")
         memory.guard(self._guard)
         memory.watch(self._added, self._removed)
+        self.memory = memory
 
     # The memory may outlive the VM (take-over by another CPU model): then all this is void.
 
