@@ -22,6 +22,10 @@ SEABIOS = Path("/usr/share/seabios/bios.bin")
 TIME_LIMIT_S = 50
 NOBODY = 65534
 
+# These say little about the kind of KVM: not under emulated hardware, where a process that
+# imports kvmaio takes ten seconds to start.
+ONCE = pytest.mark.slow
+
 # Guests, in 16-bit real mode unless said otherwise; "out imm8, al" is e6, to 0xf4 the debug exit.
 HALT = b"\xf4"
 SPIN = b"\xeb\xfe"
@@ -94,6 +98,7 @@ def test_timeout_of_a_spinning_guest_exits_124(image, mode):
     )
 
 
+@ONCE
 @pytest.mark.kvm
 def test_usage_error_exits_2_with_a_hint(image):
     result = kvmaio("run", image(HALT), "--timeot", "3")
@@ -102,6 +107,7 @@ def test_usage_error_exits_2_with_a_hint(image):
     assert b"--timeout" in result.stderr
 
 
+@ONCE
 def test_options_that_do_not_exist_yet_are_usage_errors(image):
     path = image(HALT)
     for option in ("--gdb=1234", "--record=f", "--save=f", "--trace=f", "--live", "--time=wall"):
@@ -109,6 +115,7 @@ def test_options_that_do_not_exist_yet_are_usage_errors(image):
         assert (result.returncode, b"No such option" in result.stderr) == (2, True)
 
 
+@ONCE
 @pytest.mark.kvm
 def test_terminated_run_exits_143(image):
     code = prints(b"up\n", SPIN)
@@ -129,6 +136,7 @@ def test_uart_and_debug_ports_print_to_standard_output_in_order(image):
     assert (result.returncode, result.stdout, result.stderr) == (0, b"one two three", b"")
 
 
+@ONCE
 @pytest.mark.kvm
 def test_until_ends_the_run_also_across_writes_and_ports(image):
     code = prints(b"log", b"") + prints(b"in: and more", SPIN, 0x402)
@@ -137,17 +145,20 @@ def test_until_ends_the_run_also_across_writes_and_ports(image):
     assert result.stdout.startswith(b"login:")
 
 
+@ONCE
 @pytest.mark.kvm
 def test_until_counts_more_than_how_the_guest_ends(image):
     result = kvmaio("run", image(prints(b"done", EXIT_5, 0x402)), "--until", "done")
     assert (result.returncode, result.stdout) == (0, b"done")
 
 
+@ONCE
 @pytest.mark.kvm
 def test_until_that_never_comes_leaves_the_guests_status(image):
     assert kvmaio("run", image(prints(b"don", EXIT_5)), "--until", "done").returncode == 11
 
 
+@ONCE
 @pytest.mark.kvm
 def test_standard_input_reaches_the_uart_unharmed(image):
     text = b"longer than the sixteen bytes of a FIFO, and to the end!"
@@ -155,6 +166,7 @@ def test_standard_input_reaches_the_uart_unharmed(image):
     assert (result.returncode, result.stdout) == (0, text)
 
 
+@ONCE
 @pytest.mark.kvm
 def test_no_reader_of_standard_output_ends_the_run(image):
     reader, writer = os.pipe()
@@ -172,12 +184,14 @@ def test_no_reader_of_standard_output_ends_the_run(image):
     assert error_line(result) == "kvmaio: nobody reads standard output any more"
 
 
+@ONCE
 @pytest.mark.kvm
 def test_closed_standard_descriptors_do_no_harm(image):
     command = f"exec {KVMAIO} run {image(prints(b'text', EXIT_5))} <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], timeout=TIME_LIMIT_S).returncode == 11
 
 
+@ONCE
 @pytest.mark.kvm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_reader_that_is_stuck_does_not_hold_up_the_end(image, number):
@@ -209,6 +223,7 @@ def stuck_pipe() -> Iterator[tuple[int, int]]:
         os.close(writer)
 
 
+@ONCE
 @pytest.mark.kvm
 def test_a_slow_reader_gets_all_of_it(image):
     """Also of a guest that ends with status 1."""
@@ -228,6 +243,7 @@ def test_a_slow_reader_gets_all_of_it(image):
     assert errors == b"1\n"
 
 
+@ONCE
 @pytest.mark.kvm
 def test_full_device_is_one_line(image):
     with open("/dev/full", "wb") as full:
@@ -245,6 +261,7 @@ def test_full_device_is_one_line(image):
 # ---- images ------------------------------------------------------------------------
 
 
+@ONCE
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_image_may_come_from_standard_input(name):
@@ -252,6 +269,7 @@ def test_image_may_come_from_standard_input(name):
     assert (result.returncode, result.stdout) == (0, b"piped")
 
 
+@ONCE
 @pytest.mark.kvm
 def test_image_may_be_a_fifo(tmp_path):
     fifo = tmp_path / "fifo"
@@ -281,6 +299,7 @@ def test_seabios_runs_to_no_bootable_device(vcpus):
 # ---- statistics and verbosity ----------------------------------------------------------
 
 
+@ONCE
 @pytest.mark.kvm
 def test_statistics_as_json_are_the_last_line_on_standard_error(image):
     result = kvmaio("run", image(prints(b"abc", HALT)), "--stats", "json")
@@ -288,6 +307,7 @@ def test_statistics_as_json_are_the_last_line_on_standard_error(image):
     assert (stats["numIO"], stats["numHalt"], stats["numInsts"]) == (3, 1, None)
 
 
+@ONCE
 @pytest.mark.kvm
 @pytest.mark.parametrize("arguments", [("--stats", "{image}"), ("{image}", "--stats", "text")])
 def test_statistics_as_text_have_unit_and_description(image, arguments):
@@ -298,6 +318,7 @@ def test_statistics_as_text_have_unit_and_description(image, arguments):
     assert row.split() == ["numHalt", "1", "Count", "exits", "for", "HLT"]
 
 
+@ONCE
 @pytest.mark.kvm
 def test_verbose_shows_registers_with_an_error(image):
     result = kvmaio("run", image(b"\x66\xb8\x34\x12\x00\x00" + READ_0X60), "--verbose")
@@ -349,7 +370,10 @@ BAD_INPUTS: dict[str, tuple[bytes, Sequence[str], int, Sequence[str]]] = {
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("name", BAD_INPUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=ONCE if bad[2] == 2 else ()) for name, bad in BAD_INPUTS.items()],
+)
 def test_bad_input_is_one_line_that_says_what_to_do(image, name):
     code, options, status, words = BAD_INPUTS[name]
     result = kvmaio("run", image(code), *options, "--timeout", "20")
@@ -371,6 +395,7 @@ def test_emulation_failure_shows_the_instruction(image):
     assert "(cpu0, rip 0x1000); `kvmaio doctor`" in line
 
 
+@ONCE
 def test_missing_file_and_directory_are_usage_errors(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         result = kvmaio("run", str(path))
@@ -390,6 +415,7 @@ kvmaio.cli.main(sys.argv[1:])
 """
 
 
+@ONCE
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["run - --mode real16", "demo", "doctor"])
 def test_no_permission_on_dev_kvm_says_what_to_do(command):
@@ -463,6 +489,7 @@ def test_ctrl_c_ends_a_spinning_guest_and_restores_the_terminal(image, mode):
         assert termios.tcgetattr(terminal.fd) == terminal.before
 
 
+@ONCE
 @pytest.mark.kvm
 def test_keys_reach_the_guest_one_by_one(image):
     with Terminal("run", image(prints(b">", ECHO))) as terminal:
@@ -484,6 +511,7 @@ def test_ctrl_c_while_the_guest_sleeps_in_the_kernel(image):
         assert terminal.wait() == 130
 
 
+@ONCE
 def test_an_image_from_the_terminal_is_refused():
     with Terminal("run", "-") as terminal:
         terminal.expect(b"standard input, and that is a terminal")
@@ -493,6 +521,7 @@ def test_an_image_from_the_terminal_is_refused():
 # ---- the other commands ----------------------------------------------------------------
 
 
+@ONCE
 @pytest.mark.parametrize("command", [(), ("run",), ("demo",), ("doctor",)])
 def test_help_has_an_example(command):
     result = kvmaio(*command, "--help")
@@ -500,6 +529,7 @@ def test_help_has_an_example(command):
     assert b"Example" in result.stdout
 
 
+@ONCE
 def test_version():
     assert kvmaio("--version").stdout.startswith(b"kvmaio 0.")
 
