@@ -42,6 +42,7 @@ class ExactTimers(asyncio.SelectorEventLoop):
     """A loop whose time is what `_now_ns` says; `SimulationLoop` moves that."""
 
     _scheduled: list[ExactTimer]  # asyncio's heap
+    _closed = True  # until __init__: one that refuses its arguments leaves nothing to close
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._now_ns = 0

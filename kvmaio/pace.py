@@ -34,10 +34,13 @@ class Pace:
         allowed_ns = self._simulated_ns + int((wall_ns - self._wall_ns) * rate)
         return max(now_ns, allowed_ns)
 
-    def reached(self, now_ns: int, allowed_ns: int) -> None:
-        """Time has come to `now_ns`, of the `allowed_ns` that it could have."""
-        if self._rate is not None and allowed_ns - now_ns > SLACK_NS * self._rate:
-            self._start(self._rate, time.monotonic_ns(), now_ns)
+    def forget_delay(self, now_ns: int) -> None:
+        """Before an idle wait: what took longer than the slack since is not made up for."""
+        if self._rate is None:
+            return
+        earliest_ns = time.monotonic_ns() - SLACK_NS
+        if self._wall_ns + (now_ns - self._simulated_ns) / self._rate < earliest_ns:
+            self._start(self._rate, earliest_ns, now_ns)
 
     def wait_s(self, until_ns: int) -> float:
         """Wall clock seconds until `until_ns` is allowed."""

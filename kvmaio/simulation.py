@@ -232,18 +232,17 @@ class SimulationLoop(ExactTimers):
 
     def _poll(self, timeout: float | None) -> Events:
         """Look at the real world, and let time go on with it where it is held to it."""
+        # Not while something is to be called now: it would find that time has gone on.
+        is_idle = not self.has_work()
+        self._pacing.forget_delay(self._now_ns)
         events = self._real.select(timeout)
         rate = self._rate
         if rate is None:
             self._pacing.stop()
-        else:
+        elif is_idle:
             allowed_ns = self._pacing.allowed_ns(rate, self._now_ns)
             limit_ns = self._limit_ns()
-            if limit_ns is None:
-                self._now_ns = allowed_ns
-            else:
-                self._now_ns = max(self._now_ns, min(allowed_ns, limit_ns))
-            self._pacing.reached(self._now_ns, allowed_ns)
+            self._now_ns = allowed_ns if limit_ns is None else min(allowed_ns, limit_ns)
         if self.arrival_sink is not None:
             for key, mask in events:
                 self.arrival_sink(self._now_ns, key.fd, mask)
@@ -255,7 +254,7 @@ class SimulationLoop(ExactTimers):
         if limit_ns is None:
             return self._poll(None)  # nothing can happen but what comes from outside
         if self._rate is None:
-            self._now_ns = max(self._now_ns, limit_ns)
+            self._now_ns = limit_ns
             return []
         while self._now_ns < limit_ns:
             events = self._poll(self._pacing.wait_s(limit_ns))
