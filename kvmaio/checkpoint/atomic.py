@@ -77,6 +77,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Output]:
         raise _refused(target, error) from None
     try:
         try:
+            os.fchmod(fd, 0o600)  # it may be what a killed process left
+            os.ftruncate(fd, 0)
             yield Output(fd)
             os.fchmod(fd, mode)
             os.fsync(fd)
@@ -125,8 +127,6 @@ def _open_temporary(temporary: str) -> int:
                 if os.path.samestat(here, there):
                     if not stat.S_ISREG(here.st_mode) or here.st_nlink > 1:
                         raise CheckpointError(f"{temporary} is in the way; remove it")
-                    os.fchmod(fd, 0o600)
-                    os.ftruncate(fd, 0)
                     return fd
         except BaseException:
             os.close(fd)

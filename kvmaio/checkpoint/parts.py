@@ -168,11 +168,12 @@ def from_plain(value: Any, kind: Any, what: str) -> Any:
         CheckpointError: it does not hold exactly the fields of `kind` with their types.
     """
     try:
-        result = msgspec.convert(value, kind)
+        # Without builtin_types, text would pass for bytes (base64).
+        result = msgspec.convert(value, kind, builtin_types=(bytes,))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{what}: {error}") from None
     if to_plain(result) != value:  # a field that this version does not know
-        raise CheckpointError(f"{what} holds fields that this kvmaio does not know")
+        raise CheckpointError(f"{what} is not as this kvmaio writes it")
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import attrs
 import click
@@ -12,7 +13,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint import CheckpointInfo, inspect
+if TYPE_CHECKING:
+    from ..checkpoint import CheckpointInfo
 
 __all__ = ["as_dict", "checkpoint", "render"]
 
@@ -31,6 +33,8 @@ def info(file: str, quick: bool, as_json: bool) -> int:
 
     Exit status: 0, or 1 with one line that says what is wrong with the file.
     """
+    from ..checkpoint import inspect  # here, as no other command needs its libraries
+
     found = inspect(file, verify=not quick)
     if as_json:
         click.echo(json.dumps(as_dict(found), indent=2))
