@@ -175,7 +175,8 @@ class Bench:
         started = time.monotonic()
         for number in range(1 + 2 * self.rounds):
             late = time.monotonic() - started > self.row_limit_s * len(variants)
-            if number > 1 and (late or all(len(s) >= self.rounds for s in samples.values())):
+            done = all(len(s) >= self.rounds for s in samples.values())
+            if done or (late and all(samples.values())):
                 break
             before = reference()
             for name, variant in variants.items():

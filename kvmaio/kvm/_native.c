@@ -197,7 +197,8 @@ static void execute(kvmaio_vcpu *vcpu)
 			return;
 		}
 	}
-	int64_t started_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	int64_t worked_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
 	atomic_store(&vcpu->active, run_id);
 	/* A run that was kicked beforehand enters all the same, so that a pending
 	 * access gets completed, but executes nothing. */
@@ -245,7 +246,8 @@ static void execute(kvmaio_vcpu *vcpu)
 		discard_pending_signal();
 	}
 	/* Added: a run that has moved here was executed elsewhere before. */
-	vcpu->executed_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
+	vcpu->inside_ns += clock_ns(CLOCK_MONOTONIC) - started_ns;
+	vcpu->executed_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - worked_ns;
 	vcpu->outcome = outcome;
 	atomic_store(&vcpu->ended, run_id);
 }
@@ -355,6 +357,7 @@ static void submit(kvmaio_vcpu *vcpu, int64_t limit_ns, int in_place)
 	if (!in_place || limit_ns)
 		vcpu->run_id++;
 	vcpu->executed_ns = 0;
+	vcpu->inside_ns = 0;
 	vcpu->limit_ns = limit_ns;
 	vcpu->in_place = in_place;
 	atomic_store(&vcpu->command, GO);

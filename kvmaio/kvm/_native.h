@@ -71,7 +71,7 @@ typedef struct kvmaio_vcpu {
 	/* The result: written by the thread before `command` says IDLE. */
 	int outcome; /* enum kvmaio_outcome or -errno */
 	int64_t executed_ns; /* host CPU time */
-	int64_t inside_ns;   /* resident only: time in KVM_RUN, halted or not */
+	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
 	uint64_t entries;    /* KVM_RUN calls so far */
 	uint64_t unrequested; /* of these, ended by an EINTR that nobody asked for */
 

@@ -56,6 +56,9 @@ _measuring = Lock()
 BUDGET_EXITS = 80
 OFTEN_EXITS = 50
 OFTEN_WITHIN_NS = 10_000_000
+"""So many exits within so much time in the guest are often ..."""
+OFTEN_ELAPSED = 20
+"""... if no more than so many times as much has gone by: not where a device takes its time."""
 QUIET_NS = 50_000_000
 MOVE_EVERY_NS = 200_000_000
 
@@ -68,24 +71,33 @@ class Promotion:
     every 200 ms.
     """
 
-    __slots__ = ("_costs", "_count", "_last_move_ns", "_since_ns", "moves")
+    __slots__ = ("_costs", "_count", "_inside_ns", "_last_move_ns", "_since_ns", "moves")
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._count = 0
+        self._inside_ns = 0
         self._since_ns = 0
         self._last_move_ns = 0
         self.moves = 0
 
-    def exits_often(self) -> bool:
-        """Called once per entry on the native thread: should it move in?"""
+    def exits_often(self, inside_ns: int) -> bool:
+        """Called once per entry on the native thread: should it move in?
+
+        Args:
+            inside_ns: how long it was in its guest before the last exit. How long ago the
+                exit before was counts for less: a host on which the change of threads takes
+                a millisecond is one on which moving in pays most.
+        """
         self._count += 1
+        self._inside_ns += inside_ns
         if self._count < OFTEN_EXITS:
             return False
         now_ns = time.monotonic_ns()
         took_ns, self._since_ns = now_ns - self._since_ns, now_ns
-        self._count = 0
-        return took_ns < OFTEN_WITHIN_NS and self._may_move(now_ns)
+        often = self._inside_ns < OFTEN_WITHIN_NS and took_ns < OFTEN_ELAPSED * OFTEN_WITHIN_NS
+        self._count = self._inside_ns = 0
+        return often and self._may_move(now_ns)
 
     def is_quiet(self, inside_ns: int) -> bool:
         """Called between waits on the loop's thread: should it move out?
@@ -100,7 +112,7 @@ class Promotion:
         """It has moved, in or out."""
         self.moves += 1
         self._last_move_ns = self._since_ns = time.monotonic_ns()
-        self._count = 0
+        self._count = self._inside_ns = 0
 
     def _may_move(self, now_ns: int) -> bool:
         if self.moves < 2:

@@ -31,11 +31,11 @@ class Script:
         self.inside_ns = 0
         self.is_resident = False
 
-    def exit(self, after_ns, count=1):
-        """`count` exits, each `after_ns` after the one before."""
+    def exit(self, after_ns, count=1, *, elsewhere_ns=0):
+        """`count` exits, each after so long in the guest, and so long out of it."""
         for _ in range(count):
-            self.now_ns += after_ns
-            if not self.is_resident and self.policy.exits_often():
+            self.now_ns += after_ns + elsewhere_ns
+            if not self.is_resident and self.policy.exits_often(after_ns):
                 self.is_resident = True
                 self.policy.moved()
 
@@ -72,6 +72,20 @@ def test_a_guest_that_exits_often_moves_in_at_once(script, costs):
 def test_a_guest_that_exits_now_and_then_stays_where_it_is(script, costs):
     vcpu = script(costs)
     vcpu.exit(1 * MS, count=10_000)
+    assert (vcpu.is_resident, vcpu.moves) == (False, 0)
+
+
+@BOTH
+def test_where_the_change_of_threads_is_slow_it_moves_in_all_the_same(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(40 * US, count=2 * promotion.OFTEN_EXITS, elsewhere_ns=2 * MS)
+    assert (vcpu.is_resident, vcpu.moves) == (True, 1)
+
+
+@BOTH
+def test_a_guest_that_its_devices_keep_waiting_stays_where_it_is(script, costs):
+    vcpu = script(costs)
+    vcpu.exit(40 * US, count=10_000, elsewhere_ns=5 * MS)
     assert (vcpu.is_resident, vcpu.moves) == (False, 0)
 
 
