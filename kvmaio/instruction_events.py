@@ -126,8 +126,6 @@ class InstructionEvents:
     def before_entry(self, limit_ns: int | None, access_pending: bool) -> int | None:
         """Arm the stop; returns the limit that the entry is to have: 0 if an event is due."""
         self.stepping = False
-        if self.fired:
-            return 0  # it executes nothing until they have had their turn
         if limit_ns == 0 and not self._armed and not self.pending:
             return limit_ns  # executes nothing
         if not self.pending:

@@ -216,8 +216,11 @@ class VCpu:
         self.was_stepped = True
         self._exit_due = False
         result = await self._enter(limit_ns)
-        while self._events is not None and self._events.stepping and limit_ns != 0:
-            result = await self._enter(limit_ns)
+        if self._events is not None:
+            while self._events.stepping and limit_ns != 0:
+                result = await self._enter(limit_ns)
+            if self._events.fired:
+                await self._events.let_waiters_run()
         if result is EntryResult.EXIT:
             return decode(self.model.page, self.model.io_words, self.ticks)
         return InterruptedExit(ticks=self.ticks, timer_expired=result is EntryResult.TIMER)
@@ -485,9 +488,10 @@ class VCpu:
         if registers.newer is _CONTEXT or self.interrupts.need_attention:
             result = self._before_entry()
             if result is not None:
-                self._account(result, half=True)
-                return result
+                return self._account(result, half=True)
         if self._events is not None:
+            if self._events.fired:
+                return EntryResult.INTERRUPTED  # who waited has a turn first
             limit_ns = self._events.before_entry(limit_ns, registers.access_pending)
         self._was_half = limit_ns == 0
         try:
@@ -499,8 +503,7 @@ class VCpu:
             self._inside = True
             registers.locked = _LOCKED
             return None
-        self._account(result, half=self._was_half)
-        return result
+        return self._account(result, half=self._was_half)
 
     async def _arrival(self) -> EntryResult:
         """Wait for the end of the entry that `_start()` began."""
@@ -519,7 +522,7 @@ class VCpu:
             self._registers.locked = None
             if self._leave_waiters:
                 self._tell_leave_waiters()
-        self._account(result, half=self._was_half)
+        result = self._account(result, half=self._was_half)
         if cancelled is not None:
             raise cancelled
         return result
@@ -566,8 +569,8 @@ class VCpu:
         if self._events is not None and self.stats.numInterrupts != delivered:
             self._events.interrupted()
 
-    def _account(self, result: EntryResult, *, half: bool) -> None:
-        """Book the entry that has just ended, and change the state by its result."""
+    def _account(self, result: EntryResult, *, half: bool) -> EntryResult:
+        """Book the entry that has just ended, and change the state by its result; returns it."""
         if self._events is not None:
             result = self._events.after_entry(result)
         stats = self.stats
@@ -588,6 +591,7 @@ class VCpu:
             stats.numExitSignal += 1
             if self._state is not IDLE:
                 self._state = RUNNING
+        return result
 
     def _count_half_entry(self) -> None:
         self.stats.numVMExits += 1

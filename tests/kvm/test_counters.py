@@ -42,6 +42,11 @@ needs_events = pytest.mark.skipif(
 )
 
 
+def id_of(thread: threading.Thread) -> int:
+    assert thread.native_id is not None
+    return thread.native_id
+
+
 def work(seconds=0.01):
     until = time.thread_time() + seconds
     while time.thread_time() < until:
@@ -118,9 +123,15 @@ def test_counts_only_while_enabled():
 @needs_events
 def test_counts_another_thread():
     go, done = threading.Event(), threading.Event()
-    thread = threading.Thread(target=lambda: (go.wait(), work(0.02), done.set()))
+
+    def body():
+        go.wait()
+        work(0.02)
+        done.set()
+
+    thread = threading.Thread(target=body)
     thread.start()
-    with Counter(CounterConfig(TASK_CLOCK, disabled=False)).attach(thread.native_id) as counter:
+    with Counter(CounterConfig(TASK_CLOCK, disabled=False)).attach(id_of(thread)) as counter:
         go.set()
         done.wait()
         count = counter.read()
@@ -202,8 +213,8 @@ class Overflows:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.signal})
         self.ready.wait()
         self.counter = Counter(CounterConfig(event, sample_period=period, wakeup_events=1))
-        self.counter.attach(self.thread.native_id)
-        self.counter.signals_to(self.thread.native_id, self.signal)
+        self.counter.attach(id_of(self.thread))
+        self.counter.signals_to(id_of(self.thread), self.signal)
 
     def _run(self):
         self.ready.set()
@@ -309,7 +320,7 @@ def test_a_thread_that_is_gone_for_real():
     while os.path.exists(f"/proc/self/task/{thread.native_id}"):
         time.sleep(0.001)  # join() returns a little before the thread is gone
     with pytest.raises(HostError, match=r"ESRCH.*no such thread"):
-        Counter(CounterConfig(TASK_CLOCK)).attach(thread.native_id)
+        Counter(CounterConfig(TASK_CLOCK)).attach(id_of(thread))
 
 
 @needs_events
@@ -320,7 +331,7 @@ def test_a_group_of_another_thread_for_real():
     try:
         leader = Counter(CounterConfig(TASK_CLOCK)).attach()
         with leader, pytest.raises(HostError, match=r"EINVAL.*not in this group"):
-            Counter(CounterConfig(CPU_CLOCK)).attach(thread.native_id, group=leader)
+            Counter(CounterConfig(CPU_CLOCK)).attach(id_of(thread), group=leader)
     finally:
         done.set()
         thread.join()
