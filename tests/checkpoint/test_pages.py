@@ -94,6 +94,17 @@ def test_a_machines_memory_is_neither_held_nor_populated():
     region.mapping.close()  # raises BufferError if there were still a view
 
 
+def test_memory_around_the_hole_below_4_gib_takes_what_it_holds():
+    memory = GuestMemory()
+    low, high = memory.add_ram(0, 3 << 30), memory.add_ram(1 << 32, 1 << 30)
+    memory.write((1 << 32) + (1 << 29), b"high")
+    captured = [MemoryPages.capture(region.mapping) for region in (low, high)]
+    assert [pages.stored_bytes for pages in captured] == [0, PAGE_SIZE]
+    memory.write((1 << 32) + (1 << 29), bytes(4))
+    captured[1].restore(high.mapping)
+    assert memory.read((1 << 32) + (1 << 29), 4) == b"high"
+
+
 def test_only_private_anonymous_memory_is_known_to_be_untouched(tmp_path):
     file = tmp_path / "data"
     file.write_bytes(b"x" * SIZE)
