@@ -533,13 +533,14 @@ class VCpu:
         if registers.newer is Newer.CONTEXT:
             if registers.access_pending:
                 # Now, or pushing the registers would lose the data of a pending read.
-                if self.model.half_entry() is EntryResult.EXIT:
+                result = self.model.half_entry()
+                if self._events is not None:
+                    result = self._events.after_entry(result)
+                if result is EntryResult.EXIT:
                     registers.access_continued()
                     return EntryResult.EXIT
                 self._count_half_entry()
                 registers.access_pending = False
-                if self._events is not None:
-                    self._events.after_entry(EntryResult.INTERRUPTED)
             registers.push()
         if self.interrupts.need_attention:
             self._inject()

@@ -166,15 +166,6 @@ int kvmaio_hub_collect(kvmaio_hub *hub, uint32_t *tags, int capacity)
 
 /* ---- running ------------------------------------------------------------------ */
 
-static int create_timer(kvmaio_vcpu *vcpu)
-{
-	if (vcpu->has_timer)
-		return 0;
-	int error = create_thread_timer(vcpu->tid, &vcpu->timer);
-	vcpu->has_timer = !error;
-	return error;
-}
-
 /* One run, on the vCPU's thread.
  *
  * Against lost kicks, a Dekker pair: this thread publishes `active` and then
@@ -186,17 +177,8 @@ static void execute(kvmaio_vcpu *vcpu)
 {
 	const uint64_t run_id = vcpu->run_id;
 	struct kvm_run *page = vcpu->page;
-	int64_t deadline_ns = 0;
 	int outcome;
 
-	if (vcpu->limit_ns > 0) {
-		int error = create_timer(vcpu);
-		if (error) {
-			vcpu->outcome = error;
-			atomic_store(&vcpu->ended, run_id);
-			return;
-		}
-	}
 	int64_t worked_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
 	int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
 	atomic_store(&vcpu->active, run_id);
@@ -204,12 +186,13 @@ static void execute(kvmaio_vcpu *vcpu)
 	 * access gets completed, but executes nothing. */
 	int half = vcpu->limit_ns == 0 || atomic_load(&vcpu->kicked) >= run_id;
 	int timed = vcpu->limit_ns > 0 && !half;
-	if (timed) {
-		deadline_ns = clock_ns(CLOCK_MONOTONIC) + vcpu->limit_ns;
-		arm_timer(vcpu->timer, deadline_ns);
-	}
+	int unarmed = timed ? kvmaio_run_timer_arm(&vcpu->timer, vcpu->limit_ns) : 0;
 	page->immediate_exit = half;
 	for (;;) {
+		if (unarmed) {
+			outcome = unarmed;
+			break;
+		}
 		int error = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? errno : 0;
 		vcpu->entries++;
 		if (!error) {
@@ -233,7 +216,7 @@ static void execute(kvmaio_vcpu *vcpu)
 			outcome = KVMAIO_INTERRUPTED;
 			break;
 		}
-		if (timed && clock_ns(CLOCK_MONOTONIC) >= deadline_ns) {
+		if (timed && kvmaio_run_timer_expired(&vcpu->timer)) {
 			outcome = KVMAIO_TIMER;
 			break;
 		}
@@ -242,7 +225,7 @@ static void execute(kvmaio_vcpu *vcpu)
 	page->immediate_exit = 0;
 	atomic_store(&vcpu->active, 0);
 	if (timed) {
-		disarm_timer(vcpu->timer);
+		kvmaio_run_timer_disarm(&vcpu->timer);
 		discard_pending_signal();
 	}
 	/* Added: a run that has moved here was executed elsewhere before. */
@@ -281,8 +264,7 @@ static void *thread_main(void *argument)
 		else
 			hub_push(vcpu->hub, vcpu);
 	}
-	if (vcpu->has_timer)
-		timer_delete(vcpu->timer);
+	kvmaio_run_timer_close(&vcpu->timer);
 	return NULL;
 }
 
@@ -298,6 +280,7 @@ int kvmaio_vcpu_create(kvmaio_hub *hub, int vm_fd, unsigned long id, size_t page
 	vcpu->hub = hub;
 	vcpu->tag = tag;
 	vcpu->page_size = page_size;
+	vcpu->timer.counter_fd = -1;
 	vcpu->fd = kvmaio_ioctl_value(vm_fd, KVM_CREATE_VCPU, id);
 	if (vcpu->fd < 0) {
 		int error = vcpu->fd;

@@ -9,6 +9,7 @@
 #define KVMAIO_NATIVE_H
 
 #include "_fast.h"
+#include "_run_timer.h"
 
 #include <linux/kvm.h>
 #include <pthread.h>
@@ -92,8 +93,7 @@ typedef struct kvmaio_vcpu {
 	pthread_t thread;
 	pid_t tid;
 	int started;
-	int has_timer;
-	timer_t timer;
+	kvmaio_run_timer timer; /* of its own thread */
 } kvmaio_vcpu;
 
 /* KVM_CREATE_VCPU and its run page; no thread yet. */

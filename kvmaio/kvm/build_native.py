@@ -12,7 +12,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = ("_native.c", "_resident.c", "_fast.c", "_measure.c", "_counters.c")
+SOURCES = (
+    *("_native.c", "_resident.c", "_fast.c", "_measure.c"),
+    *("_run_timer.c", "_counters.c"),
+)
 
 IOCTLS = """
 KVM_GET_API_VERSION KVM_CREATE_VM KVM_CHECK_EXTENSION KVM_GET_VCPU_MMAP_SIZE KVM_GET_SUPPORTED_CPUID
@@ -179,7 +182,9 @@ int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out);
 int kvmaio_fast_has_posted(kvmaio_fast *fast);
 uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);
+typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } kvmaio_run_timer;
 typedef struct kvmaio_vcpu {
+    kvmaio_run_timer timer;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
     int64_t executed_ns, inside_ns;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
@@ -216,7 +221,11 @@ int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t d
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);
 int kvmaio_perf_open(const void *attributes, int tid, int group_fd);
-int64_t kvmaio_timer_resolution(int rounds);
+int kvmaio_run_timer_arm(kvmaio_run_timer *timer, int64_t limit_ns);
+int kvmaio_run_timer_expired(kvmaio_run_timer *timer);
+void kvmaio_run_timer_disarm(kvmaio_run_timer *timer);
+void kvmaio_run_timer_close(kvmaio_run_timer *timer);
+int64_t kvmaio_run_timer_resolution(kvmaio_run_timer *timer, int rounds);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 """
 
