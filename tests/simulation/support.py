@@ -12,6 +12,7 @@ import uvloop
 from kvmaio.cpu import EntryResult
 from kvmaio.device import Device
 from kvmaio.simulation import SimulationLoop
+from kvmaio.stats import CpuStatistics
 from kvmaio.timed_cpu import TimedCpu
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "enter_again_and_again",
     "running",
     "simulate",
+    "timed",
 ]
 
 PATIENCE = 10 if os.environ.get("SVMLAB") == "1" else 1
@@ -55,7 +57,7 @@ def running() -> SimulationLoop:
 class Port(Device):
     """Keeps when it was written, and what."""
 
-    size = 8
+    size = 1
 
     def __init__(self, written: Callable[[int], None] = lambda value: None) -> None:
         self.writes: list[tuple[int, int]] = []
@@ -106,6 +108,16 @@ class ScriptedModel:
 
     def close(self) -> None:
         pass
+
+
+def timed(
+    model: Any, host_factor: float = 1.0, name: str = "machine.cpu0"
+) -> tuple[TimedCpu, CpuStatistics]:
+    """`model` on the running loop."""
+    cpu = TimedCpu(model, running(), host_factor)
+    stats = CpuStatistics()
+    cpu.belongs_to(name, stats, lambda: None)
+    return cpu, stats
 
 
 async def enter_again_and_again(

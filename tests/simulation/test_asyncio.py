@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,7 @@ def run(request):
 
 def test_sleeps_tasks_queues_and_events(run):
     async def main():
-        loop, trace = running(), []
+        loop, trace = running(), list[object]()
         queue: asyncio.Queue[int] = asyncio.Queue(1)
         done = asyncio.Event()
 
@@ -52,7 +53,7 @@ def test_sleeps_tasks_queues_and_events(run):
 
 def test_timeouts(run):
     async def main():
-        loop, trace = running(), []
+        loop, trace = running(), list[object]()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(2.5):
                 await asyncio.Event().wait()
@@ -118,8 +119,12 @@ def test_arrivals_are_recorded_in_order_with_their_time():
     async def main():
         loop, seen, arrivals = running(), [], []
         pairs = [socket.socketpair() for _ in range(3)]
+
+        def take(n, ours):
+            seen.append((n, ours.recv(9)))
+
         for n, (ours, _) in enumerate(pairs):
-            loop.add_reader(ours, lambda n=n, ours=ours: seen.append((n, ours.recv(9))))
+            loop.add_reader(ours, partial(take, n, ours))
         loop.arrival_sink = lambda *arrival: arrivals.append(arrival)
         for delay, n in ((0.5, 2), (0.25, 0), (0.75, 1)):
             loop.call_later(delay, pairs[n][1].send, b"x")
@@ -143,7 +148,12 @@ def test_an_arrival_while_time_follows_the_wall_clock_has_its_time(pace):
         loop, arrivals = running(), []
         ours, theirs = socket.socketpair()
         heard = asyncio.Event()
-        loop.add_reader(ours, lambda: (ours.recv(9), heard.set()))
+
+        def take():
+            ours.recv(9)
+            heard.set()
+
+        loop.add_reader(ours, take)
         loop.arrival_sink = lambda *arrival: arrivals.append(arrival[:2])
         timer = threading.Timer(0.05, theirs.send, (b"x",))
         timer.start()

@@ -13,18 +13,16 @@ from kvmaio.clock import Alarm, LoopClock
 from kvmaio.cpu import EntryResult
 from kvmaio.errors import ConfigurationError, KvmaioError
 from kvmaio.simulation import SimulationLoop
-from kvmaio.stats import CpuStatistics
-from kvmaio.timed_cpu import TimedCpu
-from tests.simulation.support import MS, ScriptedModel, enter_again_and_again, running, simulate
+from tests.simulation.support import (
+    MS,
+    ScriptedModel,
+    enter_again_and_again,
+    running,
+    simulate,
+    timed,
+)
 
 TIMER, EXIT = EntryResult.TIMER, EntryResult.EXIT
-
-
-def timed(model, host_factor=1.0, name="machine.cpu0"):
-    cpu = TimedCpu(model, running(), host_factor)
-    stats = CpuStatistics()
-    cpu.belongs_to(name, stats, lambda: None)
-    return cpu, stats
 
 
 def whole(limit_ns):
@@ -99,7 +97,7 @@ def test_neighbouring_nanoseconds_are_not_merged():
 
 def test_equal_deadlines_fire_in_the_order_of_their_calls_whatever_is_cancelled():
     async def main():
-        loop, fired = running(), []
+        loop, fired = running(), list[object]()
         timers = [loop.call_at(1.0, fired.append, n) for n in range(500)]
         random.Random(2).shuffle(timers)
         for timer in timers[:450]:
@@ -113,7 +111,7 @@ def test_equal_deadlines_fire_in_the_order_of_their_calls_whatever_is_cancelled(
 
 def test_impossible_and_endless_deadlines():
     async def main():
-        loop, fired = running(), []
+        loop, fired = running(), list[object]()
         loop.call_at(math.inf, fired.append, "never")
         loop.call_later(math.inf, fired.append, "never")
         loop.call_at(-math.inf, fired.append, "past")

@@ -9,13 +9,13 @@ import pytest
 
 import kvmaio
 from kvmaio.cpu import EntryResult
-from kvmaio.timed_cpu import TimedCpu
 from tests.simulation.support import (
     PATIENCE,
     ScriptedModel,
     enter_again_and_again,
     running,
     simulate,
+    timed,
 )
 
 pytestmark = pytest.mark.timeout(60 * PATIENCE)
@@ -93,7 +93,7 @@ def test_a_guest_does_not_run_ahead_of_the_wall_clock_while_time_is_held():
 
     async def main():
         model = ScriptedModel(lambda limit_ns: (0, EntryResult.TIMER))
-        guest = asyncio.create_task(enter_again_and_again(TimedCpu(model, running(), 1000.0)))
+        guest = asyncio.create_task(enter_again_and_again(timed(model, 1000.0)[0]))
         async with asyncio.timeout(1 * PATIENCE):
             await asyncio.to_thread(time.sleep, 0.05)
         guest.cancel()
@@ -162,7 +162,7 @@ def test_an_endless_flood_from_outside_does_not_stop_time(monkeypatch, has_guest
         guest = None
         if has_guest:
             model = ScriptedModel(lambda limit_ns: (limit_ns, EntryResult.TIMER))
-            guest = asyncio.create_task(enter_again_and_again(TimedCpu(model, loop, 1.0)))
+            guest = asyncio.create_task(enter_again_and_again(timed(model)[0]))
         await asyncio.sleep(0.01)
         loop.remove_reader(ours)
         ours.close()

@@ -1,0 +1,387 @@
+"""Guests under KVM in simulated time."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import kvmaio
+from kvmaio import Device, Halted, Machine, Register, Stopped
+from kvmaio.boot import Flat
+from kvmaio.testing import settle
+from kvmaio.timed_cpu import TimedCpu
+from tests.simulation.support import MS, PATIENCE, SPINNING, Port, running, simulate
+
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(120 * PATIENCE)]
+
+# mov dx, 0x60; mov al, 0x41; out dx, al; hlt
+SENDING = bytes.fromhex("ba6000 b041 ee f4")
+# The handler of vector 0x25 reads port 0x60, writes what it got to 0x61 and halts for good:
+#   mov word ptr [4*0x25], 0x1012; mov word ptr [4*0x25+2], 0; sti; rest: hlt; jmp rest; nop; nop
+#   mov dx, 0x60; in al, dx; mov dx, 0x61; out dx, al; hlt
+RECEIVING = bytes.fromhex("c70694001210 c70696000000 fb f4 ebfd 9090 ba6000 ec ba6100 ee f4")
+# mov rcx, N; again: loop again; mov dx, 0x61; out dx, al; jmp $
+COMPUTING = bytes.fromhex("48c7c1 40420f00 e2fe 66ba6100 ee ebfe")
+# sti; rest: hlt; jmp rest
+HALTING = bytes.fromhex("fbf4ebfd")
+
+
+def timed(machine, index=0):
+    model = machine.vcpus[index].model
+    assert isinstance(model, TimedCpu)
+    return model
+
+
+@pytest.mark.timeout(200 * PATIENCE)
+def test_a_device_that_ticks_every_millisecond_under_a_computing_guest():
+    class Ticker(Device):
+        size = 1
+
+        def __init__(self):
+            self.seen = []
+
+        async def run(self):
+            self.alarm.arm(self.clock.now_ns + MS)
+            async for deadline_ns in self.alarm:
+                self.seen.append((deadline_ns, self.clock.now_ns))
+                self.alarm.arm(deadline_ns + MS)
+
+    async def main():
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            ticker = machine.attach(Ticker(), pio=0x10)
+            machine.load(Flat(SPINNING, address=0x1000, mode="user64"))
+            start_ns = running().time_ns()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(2.0):
+                    await machine.run()
+            stats = machine.vcpus[0].stats
+            return ticker.seen, start_ns, running().time_ns(), stats
+
+    seen, start_ns, end_ns, stats = simulate(main())
+    deadlines = [start_ns + n * MS for n in range(1, 2001)]
+    # The last one and the end of the run are due at the same moment.
+    assert seen in ([(ns, ns) for ns in deadlines], [(ns, ns) for ns in deadlines[:-1]])
+    assert end_ns == start_ns + 2_000_000_000
+    assert stats.ticksLate == 0 and stats.numCycles > 0
+
+
+def test_ten_seconds_of_a_halted_guest_pass_at_once():
+    async def main():
+        async with Machine(memory="1M", cpu="kvm") as machine:
+            machine.load(Flat(HALTING, address=0x1000))
+            before = time.process_time()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(10):
+                    await machine.run()
+            return running().time(), time.process_time() - before
+
+    now, took = simulate(main())
+    assert now == 10.0 and took < 0.5 * PATIENCE
+
+
+def test_a_guest_halted_in_the_kernel_lets_time_reach_the_next_event():
+    async def main():
+        loop, seen = running(), []
+        async with Machine(memory="1M", cpu="kvm", irqchip="kernel") as machine:
+            machine.load(Flat(HALTING, address=0x1000))
+            for n in (1, 20, 300):
+                loop.call_at_ns(n * MS, lambda: seen.append(loop.time_ns()))
+            loop.call_at(0.3, machine.stop, "late enough")
+            return await machine.run(), seen, machine.vcpus[0].stats.numHalt
+
+    assert simulate(main()) == (Stopped("late enough"), [MS, 20 * MS, 300 * MS], 0)
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+def test_an_access_happens_at_the_local_time_of_its_vcpu(schedule):
+    """Two machines that both compute, then write: each write at its own time."""
+
+    async def main():
+        seen = []
+        async with (
+            Machine(memory="4M", cpu="kvm", name="a") as a,
+            Machine(memory="4M", cpu="kvm", name="b") as b,
+        ):
+            for machine in (a, b):
+
+                def written(_, machine=machine):
+                    seen.append((running().time_ns(), timed(machine).local_ns))
+                    if len(seen) == 2:
+                        a.stop()
+                        b.stop()
+
+                machine.attach(Port(written), pio=0x61)
+                machine.load(Flat(COMPUTING, address=0x1000, mode="user64"))
+            await asyncio.gather(a.run(), b.run())
+            return seen, [m.vcpus[0].stats.ticksLate for m in (a, b)]
+
+    seen, late = simulate(main(), schedule=schedule, quantum_ns=5 * MS)
+    assert len(seen) == 2 and seen == sorted(seen)
+    assert all(now_ns == local_ns for now_ns, local_ns in seen)
+    assert late == [0, 0]
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+def test_an_interrupt_wakes_a_halted_guest_at_once_and_not_at_the_barrier(schedule):
+    quantum_ns = 1_000 * MS * PATIENCE
+
+    async def main():
+        async with (
+            Machine(memory="4M", cpu="kvm", name="computing") as computing,
+            Machine(memory="1M", cpu="kvm", name="halted") as halted,
+        ):
+            out = computing.attach(Port(lambda _: halted.irq(5).set(True)), pio=0x61)
+            computing.load(Flat(COMPUTING, address=0x1000, mode="user64"))
+            halted.attach(Port(), pio=0x60)
+            answer = halted.attach(Port(), pio=0x61)
+            halted.load(Flat(RECEIVING, address=0x1000))
+            run = asyncio.create_task(computing.run())
+            outcome = await halted.run()
+            computing.stop()
+            await run
+            return outcome, out.writes[0][0], answer.writes[0][0]
+
+    outcome, raised_ns, answered_ns = simulate(main(), schedule=schedule, quantum_ns=quantum_ns)
+    assert outcome == Halted() and raised_ns < answered_ns < quantum_ns
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+def test_a_message_between_guests_arrives_its_latency_later(schedule):
+    """Through an asynchronous link, by the clocks of both machines."""
+    latency_s = 0.005
+
+    class Sender(Device):
+        size = 1
+
+        def __init__(self, wire):
+            self.wire = wire
+
+        def write(self, offset, size, value):
+            self.wire.put_nowait((self.clock.now_ns, value))
+
+    class Receiver(Device):
+        size = 1
+        data = Register(0, int)
+
+        def __init__(self, wire):
+            self.wire = wire
+            self.received = []
+
+        async def run(self):
+            while True:
+                sent_ns, self.data = await self.wire.get()
+                await asyncio.sleep(latency_s)
+                self.received.append((sent_ns, self.clock.now_ns, self.data))
+                self.irq.set(True)
+
+    async def main():
+        wire: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+        async with (
+            Machine(memory="1M", cpu="kvm", name="a") as a,
+            Machine(memory="1M", cpu="kvm", name="b") as b,
+        ):
+            a.attach(Sender(wire), pio=0x60)
+            a.load(Flat(SENDING, address=0x1000))
+            receiver = b.attach(Receiver(wire), pio=0x60, irq=5)
+            out = b.attach(Port(), pio=0x61)
+            b.load(Flat(RECEIVING, address=0x1000))
+            await asyncio.gather(a.run(), b.run())
+            sent_local_ns, got_local_ns = timed(a).local_ns, timed(b).local_ns
+            return receiver.received, out.writes, sent_local_ns, got_local_ns
+
+    ((sent_ns, arrived_ns, value),), writes, sent_local_ns, got_local_ns = simulate(
+        main(), schedule=schedule
+    )
+    assert arrived_ns == sent_ns + 5 * MS and value == 0x41
+    assert sent_ns <= sent_local_ns < arrived_ns  # A's own time, a halt later
+    ((got_ns, got),) = writes
+    assert got == 0x41 and arrived_ns < got_ns <= got_local_ns
+
+
+def test_overshoot_is_carried_as_debt():
+    """Events every 10 us, less than a run can be: the guest pauses, they do not move."""
+
+    async def main():
+        loop, seen = running(), []
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            machine.load(Flat(SPINNING, address=0x1000, mode="user64"))
+            start_ns = loop.time_ns()
+            for n in range(1, 1001):
+                loop.call_at_ns(start_ns + n * 10_000, lambda: seen.append(loop.time_ns()))
+            loop.call_at_ns(start_ns + 10 * MS, machine.stop)
+            await machine.run()
+            return seen, start_ns, machine.vcpus[0].stats.ticksOvershot
+
+    seen, start_ns, overshot = simulate(main())
+    assert seen == [start_ns + n * 10_000 for n in range(1, 1001)] and overshot > 0
+
+
+def test_real_sockets_threads_and_kicks_are_live_while_a_guest_runs():
+    async def main():
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            machine.load(Flat(SPINNING, address=0x1000, mode="user64"))
+
+            async def echo(reader, writer):
+                writer.write(await reader.readline())
+                writer.close()
+
+            async def ask(port):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"hello\n")
+                line = await reader.readline()
+                writer.close()
+                await writer.wait_closed()
+                return line
+
+            run = asyncio.create_task(machine.run())
+            async with await asyncio.start_server(echo, "127.0.0.1") as server:
+                line = await ask(server.sockets[0].getsockname()[1])
+                vcpu = machine.vcpus[0]
+                before = vcpu.stats.numExitSignal
+                await asyncio.to_thread(vcpu.kick)
+                while vcpu.stats.numExitSignal == before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                child = await asyncio.create_subprocess_exec("/bin/echo", "x", stdout=-1)
+                output, _ = await child.communicate()
+            machine.stop()
+            return line, output, await run, vcpu.stats.numExitSignal - before
+
+    line, output, outcome, signals = simulate(main(), quantum_ns=1_000_000 * MS)
+    assert (line, output, outcome) == (b"hello\n", b"x\n", Stopped("stopped"))
+    assert 1 <= signals <= 2  # the kick, and the stop
+
+
+def test_a_timeout_around_real_io_does_not_fire_while_a_guest_idles_in_the_kernel():
+    async def main():
+        async with Machine(memory="1M", cpu="kvm", irqchip="kernel", host_factor=100.0) as machine:
+            machine.load(Flat(HALTING, address=0x1000))
+            run = asyncio.create_task(machine.run())
+            await settle()
+            async with asyncio.timeout(2 * PATIENCE):
+                await asyncio.to_thread(time.sleep, 0.1)
+            machine.stop()
+            await run
+
+    simulate(main())
+
+
+def test_run_by_hand_takes_the_time_that_it_says():
+    async def main():
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            machine.load(Flat(SPINNING, address=0x1000, mode="user64"))
+            vcpu, loop = machine.vcpus[0], running()
+            before_ns = loop.time_ns()
+            exit_ = await vcpu.run(ticks=3 * MS)
+            half = await vcpu.run(ticks=0)
+            return exit_, half, loop.time_ns() - before_ns
+
+    exit_, half, took_ns = simulate(main())
+    assert exit_.timer_expired and took_ns >= 3 * MS
+    assert not half.timer_expired and half.ticks > 0
+
+
+def test_a_cancelled_run_can_go_on():
+    async def main():
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            port = machine.attach(Port(lambda _: machine.stop()), pio=0x61)
+            machine.load(Flat(COMPUTING, address=0x1000, mode="user64"))
+            cancelled = 0
+            while True:
+                try:
+                    async with asyncio.timeout(0.0001):
+                        await machine.run()
+                    break
+                except TimeoutError:
+                    cancelled += 1
+            return cancelled, len(port.writes)
+
+    cancelled, writes = simulate(main())
+    assert cancelled > 0 and writes == 1
+
+
+INTERRUPTED = """
+import asyncio, kvmaio
+from kvmaio import Machine
+from kvmaio.boot import Flat
+
+async def main():
+    async with Machine(memory="4M", cpu="kvm") as machine:
+        machine.load(Flat(bytes.fromhex("ebfe"), address=0x1000, mode="user64"))
+        print("running", flush=True)
+        await machine.run()
+
+try:
+    kvmaio.run(main(), time="simulated")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_sigint_is_a_keyboard_interrupt_while_guests_run():
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"running\n"
+        time.sleep(0.1)
+        os.kill(child.pid, signal.SIGINT)
+        output, errors = child.communicate(timeout=20 * PATIENCE)
+    assert (output, errors, child.returncode) == (b"interrupted\n", b"", 0)
+
+
+def test_exceptions_out_of_the_wait_lose_no_guest():
+    """As a second Ctrl-C is: raised anywhere, here in the middle of a slice."""
+
+    async def main():
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            machine.load(Flat(SPINNING, address=0x1000, mode="user64"))
+            asyncio.get_running_loop().call_later(0.02, machine.stop)
+            return await machine.run()
+
+    loop = kvmaio.SimulationLoop()
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        task = loop.create_task(main())
+        interrupts = 0
+        while not task.done():
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+            try:
+                loop.run_until_complete(task)
+            except _Interrupted:
+                interrupts += 1
+        assert task.result() == Stopped("stopped")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        loop.close()
+
+
+class _Interrupted(BaseException):
+    pass
+
+
+def _interrupt(number, frame):
+    # Only in the loop's own wait, where a guest may be under way.
+    while frame is not None:
+        if frame.f_code.co_name == "finish":
+            raise _Interrupted
+        frame = frame.f_back
+    signal.setitimer(signal.ITIMER_REAL, 0.0005)
+
+
+def test_no_thread_is_left():
+    before = threading.active_count(), len(os.listdir("/proc/self/task"))
+
+    async def main():
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            machine.load(Flat(SPINNING, address=0x1000, mode="user64"))
+            asyncio.get_running_loop().call_later(0.01, machine.stop)
+            await machine.run()
+
+    simulate(main())
+    assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == before
