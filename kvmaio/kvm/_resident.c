@@ -63,6 +63,7 @@ enum clocks { COARSE, EXACT };
 
 static void announce(kvmaio_vcpu *vcpu)
 {
+	STRESS();
 	kvmaio_here = vcpu;
 	atomic_signal_fence(memory_order_seq_cst);
 	STRESS();
