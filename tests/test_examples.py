@@ -30,6 +30,15 @@ PROMISED = {
         tick 1
         .*Halted\(\): the guest read \[20, 21, 22\] degrees
     """,
+    "simulated_time": r"""
+         50.0 min  50 litres: the guest opens the valve
+         60.0 min  Stopped\(reason='an hour is over'\), and less than a minute went by: True
+    """,
+    "two_guests_link": r"""
+        ( *\d+\.\d{3} ms  (here|there) (sends|gets ) [ABC]
+        ){12}the sender: Halted\(\)
+        the echoer: Stopped\(reason='the sender is done'\)
+    """,
 }
 
 

@@ -19,7 +19,7 @@
 
 enum watching { PARKED, WATCHING, QUIT };
 
-/* With -DKVMAIO_STRESS (see tests/resident/stress.py) a random delay between the steps of
+/* With -DKVMAIO_STRESS (see tests/resident/test_stress.py) a random delay between the steps of
  * each race; nothing otherwise. */
 #ifdef KVMAIO_STRESS
 static void stress(void)

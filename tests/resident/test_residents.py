@@ -381,6 +381,10 @@ def test_a_guest_that_stops_exiting_moves_out_and_goes_on(loop_kind):
     run_on(loop_kind, main())
 
 
+def was_kicked(ended):
+    return isinstance(ended, InterruptedExit) and not ended.timer_expired
+
+
 def move_in(cpu):
     """Have it live on the loop's thread, whatever the policy says."""
     residents = cpu._hub.residents
@@ -411,7 +415,7 @@ def test_a_kick_during_the_move_ends_the_run_that_moves_and_no_other(
                     move_in(cpu)
                 async with asyncio.timeout(LOST_S):
                     kicking = loop.run_in_executor(None, kick)
-                    assert await vcpu.run() == InterruptedExit(ticks=vcpu.ticks)
+                    assert was_kicked(await vcpu.run())
                     await kicking
                 # The next one is left alone: a late signal makes it look around, no more.
                 ended = await vcpu.run(ticks=300_000)
@@ -431,12 +435,12 @@ def test_a_kick_between_runs_ends_the_next_one_wherever_it_is(loop_kind, eager):
                 for ticks in (None, 50_000_000, 0):
                     vcpu.kick()
                     vcpu.kick()
-                    assert await vcpu.run(ticks) == InterruptedExit(ticks=vcpu.ticks)
+                    assert was_kicked(await vcpu.run(ticks))
                     ended = await vcpu.run(ticks=1_000_000)
                     assert isinstance(ended, InterruptedExit) and ended.timer_expired
             vcpu.kick()  # and across a move
             cpu._move_out()
-            assert await vcpu.run() == InterruptedExit(ticks=vcpu.ticks)
+            assert was_kicked(await vcpu.run())
 
     run_on(loop_kind, main())
 
