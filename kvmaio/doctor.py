@@ -69,6 +69,8 @@ class Report:
     Attributes:
         problem: why no guest can run, in one line with what to do; None if one can.
         kind: ``VMX``, ``SVM``, ``PVM`` or ``unknown``.
+        run_timer: what ends a timed run, and why that.
+        instructions: whether a guest's instructions can be counted.
     """
 
     problem: str | None = None
@@ -77,6 +79,8 @@ class Report:
     max_vcpus: int | None = None
     device: str = ""
     user: str = ""
+    run_timer: str = ""
+    instructions: str = ""
     modes: list[ModeResult] = attrs.Factory(list)
     costs: list[Measurement] = attrs.Factory(list)
     capabilities: list[Capability] = attrs.Factory(list)
@@ -108,8 +112,13 @@ def examine() -> Report:
     if report.problem is not None:
         return report
     from .kvm._native import lib
+    from .kvm.counters import instruction_counting
     from .kvm.host import Kvm
+    from .kvm.run_timer import chosen_timer
 
+    timer = chosen_timer()
+    report.run_timer = f"{timer.name}, from {timer.resolution_ns / 1e3:.0f} µs on: {timer.reason}"
+    report.instructions = instruction_counting().reason
     with Kvm.open() as kvm:
         report.api_version = lib.KVM_API_VERSION
         report.max_vcpus = kvm.capability(lib.KVM_CAP_MAX_VCPUS)

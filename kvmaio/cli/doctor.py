@@ -84,6 +84,8 @@ def _facts(report: Report) -> Table:
     if report.api_version is not None:
         table.add_row("API version", str(report.api_version))
         table.add_row("vCPUs", f"at most {report.max_vcpus} per machine")
+        table.add_row("run timer", report.run_timer)
+        table.add_row("instructions", report.instructions)
     return table
 
 

@@ -243,8 +243,8 @@ PARANOID = "/proc/sys/kernel/perf_event_paranoid"
 
 _HINTS = {
     errno.ENOENT: (
-        "this machine has no such event: a virtual machine without a virtual PMU, or a processor "
-        "that cannot count it; cycles are then taken from CPU time, and instructions are unknown"
+        "this machine has no such event: it is a virtual machine without a virtual PMU, or its "
+        "processor cannot count this"
     ),
     errno.ENOSYS: "this kernel is built without CONFIG_PERF_EVENTS",
     errno.ENODEV: "this processor's performance monitoring unit is not supported by the kernel",

@@ -13,11 +13,13 @@ from ..errors import ConfigurationError, HostError
 from . import state
 from ._native import ffi, lib
 from .context import context_from, get_context, set_context
+from .counters import Counter
 from .cpuid import CpuidEntry
 from .gate import check
 from .hub import Hub
 from .promotion import Promotion
 from .resident import Residents
+from .run_timer import chosen_timer, use_counter
 from .stepping import SingleStepper
 from .vm import KvmVm
 
@@ -56,8 +58,6 @@ class KvmCpu:
     """
 
     kind = "kvm"
-    resolution_ns = 50_000
-    """The shortest run that the POSIX timer can time: 40 to 75 us measured (exit-path figures)."""
 
     def __init__(self, hub: Hub, vm: KvmVm, index: int, has_lapic: bool) -> None:
         self._hub = hub
@@ -65,6 +65,9 @@ class KvmCpu:
         self._kvm = hub.kvm
         self.index = index
         self.has_lapic = has_lapic
+        timer = chosen_timer()
+        self.resolution_ns = timer.resolution_ns
+        self._timer_counter: Counter | None = None
         self._tag = hub.add(self)
         out = ffi.new("kvmaio_vcpu **")
         try:
@@ -77,7 +80,10 @@ class KvmCpu:
             self.handle = out[0]
             try:
                 check(lib.kvmaio_vcpu_start(self.handle), "pthread_create")
+                if timer.event is not None:
+                    self._timer_counter = use_counter(self.handle, timer.event)
             except BaseException:
+                lib.kvmaio_vcpu_stop(self.handle, LEAVE_LIMIT_NS)
                 lib.kvmaio_vcpu_destroy(self.handle)
                 raise
         except BaseException:
@@ -316,6 +322,8 @@ class KvmCpu:
             self._residents = None
         check(lib.kvmaio_vcpu_stop(handle, LEAVE_LIMIT_NS), "pthread_join", _STUCK)
         self._hub.remove(self._tag)
+        if self._timer_counter is not None:
+            self._timer_counter.close()
         lib.kvmaio_vcpu_destroy(handle)
         self.page = None
 
