@@ -13,7 +13,7 @@ from kvmaio.assembler import assemble
 from tests.assembler import have_tools
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TIME_LIMIT_S = 50
+TIME_LIMIT_S = 250
 
 PROMISED = {
     "hello_serial": r"""
