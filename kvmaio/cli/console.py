@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..devices import Console, Uart16550
+from ..simulation import real_time
 
 __all__ = ["StandardConsole"]
 
@@ -62,7 +63,7 @@ class StandardConsole:
         for console in self._all:
             console.remove_sink(self._print)
         try:
-            async with asyncio.timeout(None if patient else _GIVE_UP_S):
+            async with real_time(), asyncio.timeout(None if patient else _GIVE_UP_S):
                 await self._owner.disconnect()
         except TimeoutError:
             pass
@@ -102,7 +103,12 @@ class StandardConsole:
         self.is_gone = self._stdout.is_gone
         if self.was_seen or self.is_gone:
             self._stop()
-        return pending
+        return None if pending is None else _in_real_time(pending)
+
+
+async def _in_real_time(pending: Awaitable[None]) -> None:
+    async with real_time():  # simulated time does not jump while the reader is slow
+        await pending
 
 
 def _is_input(fd: int) -> bool:

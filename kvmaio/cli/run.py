@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import click
@@ -23,6 +23,7 @@ from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, s
 __all__ = ["run"]
 
 STATISTICS = ("text", "json")
+TIMES = ("wall", "simulated")
 MODES = ("real16", "prot32", "long64", "user64")
 
 
@@ -139,7 +140,20 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="End the run after this time, with exit status 124.",
+    help="End the run after this time (as --time counts it), with exit status 124.",
+)
+@click.option(
+    "--time",
+    type=click.Choice(TIMES),
+    default="wall",
+    show_default=True,
+    help="What a second is to devices: the wall clock's, or what the guest has executed.",
+)
+@click.option(
+    "--pace",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="FACTOR",
+    help="Hold simulated time to this multiple of the wall clock.",
 )
 @click.option("--until", metavar="TEXT", help="End the run once the console shows this text.")
 @click.option(
@@ -158,6 +172,8 @@ def run(
     initrd: str | None,
     irqchip: str | None,
     until: str | None,
+    time: Literal["wall", "simulated"],
+    pace: float | None,
     **others: Any,
 ) -> int:
     """Run IMAGE, a file or a pipe (- is standard input), until its guest ends.
@@ -167,6 +183,8 @@ def run(
     """
     if mode is not None and kind not in ("auto", "flat"):
         raise click.UsageError(f"--mode is for bare machine code; it contradicts --kind {kind}.")
+    if pace is not None and (time != "simulated" or pace == float("inf")):
+        raise click.UsageError("--pace is a finite factor, and for --time simulated.")
     if until == "":
         raise click.BadParameter("the text is empty", param_hint="--until")
     choice = ImageChoice(
@@ -182,7 +200,7 @@ def run(
     if (reason := why_no_guest()) is not None:
         say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
         return EXIT_ERROR
-    return run_on_loop(_run(options, found, loadable))
+    return run_on_loop(_run(options, found, loadable), time=time, pace=pace)
 
 
 async def _run(options: Options, kind: str, image: Image) -> int:
