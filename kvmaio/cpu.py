@@ -239,6 +239,9 @@ class CpuModel(Protocol):
     def write_state(self, saved: CpuState) -> None:
         """Push all state; what is refused is reported once, not lost in silence."""
 
+    def wait_for_sipi(self) -> None:
+        """Be an application processor that nobody has started; only with `has_lapic`."""
+
     def interrupt(self, vector: int) -> None:
         """Inject an external interrupt; only when the page says that the guest is ready."""
 

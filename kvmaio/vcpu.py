@@ -419,6 +419,8 @@ class VCpu:
         # An application processor with the bit is to KVM the boot processor, and runs at once.
         bootstrap = APIC_BASE_BSP if self.index == 0 else 0
         self.load(Context(apic_base=APIC_BASE | bootstrap))
+        if self.index and self.model.has_lapic:
+            self.model.wait_for_sipi()  # also one that a guest before this one has started
 
     def load(self, context: Context) -> None:
         """Take over `context` whole; the vCPU is fresh and idle."""

@@ -251,6 +251,9 @@ class ScriptedCpu:
     def write_state(self, saved: CpuState) -> None:
         self.write_context(saved.context)
 
+    def wait_for_sipi(self) -> None:
+        self.log.append("wait_for_sipi")
+
     def interrupt(self, vector: int) -> None:
         self.log.append(f"interrupt {vector:#x}")
         self.injected.append(vector)

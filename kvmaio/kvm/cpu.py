@@ -251,6 +251,10 @@ class KvmCpu:
         offered = state.xsave_components(self._kvm)
         state.set_xcrs(self.fd, {0: offered & _X87_SSE_AVX})
 
+    def wait_for_sipi(self) -> None:
+        """Enter no guest code until the local APIC has had INIT and SIPI."""
+        state.set_mp_state(self.fd, lib.KVM_MP_STATE_UNINITIALIZED)
+
     def interrupt(self, vector: int) -> None:
         if self.has_lapic:
             # KVM_INTERRUPT is refused beside KVM's own local APIC: go through that, as an MSI.
