@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import enum
+import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -30,11 +31,10 @@ from .bus import Bus
 from .clock import Clock
 from .cpu import Context, CpuModel, EntryResult
 from .decode import decode
+from .entry import Entry
 from .errors import ConfigurationError, GuestError
 from .exits import EndRun, InterruptedExit, Outcome, VmExit
 from .instruction_events import InstructionEvents, instruction_stop
-from .interrupts import Interrupts
-from .registers_sync import Newer, SyncedContext
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
 from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
@@ -44,14 +44,6 @@ __all__ = ["VCpu", "VCpuOwner", "VCpuState", "current_vcpu"]
 APIC_BASE = 0xFEE0_0800
 APIC_BASE_BSP = 1 << 8
 """IA32_APIC_BASE after power-on, and its bit that only the boot processor has (SDM 11.4.4)."""
-
-MAX_ACCESS_PIECES = 1 << 16
-"""KVM splits one instruction's access into a few pieces, but REP OUTS into one per element."""
-
-RFLAGS_IF = 1 << 9
-
-HOST_HZ = 2_000_000_000
-"""The host clock that turns measured CPU time into host cycles (gem5's default hostFreq)."""
 
 _current: contextvars.ContextVar[VCpu] = contextvars.ContextVar("kvmaio.current_vcpu")
 
@@ -86,7 +78,6 @@ PENDING = VCpuState.RUNNING_MMIO_PENDING
 
 # Looking up an enum's member takes a tenth of a microsecond; these are needed at each exit.
 _EXIT = EntryResult.EXIT
-_CONTEXT = Newer.CONTEXT
 
 
 class VCpuOwner(Protocol):
@@ -143,31 +134,31 @@ class VCpu:
         self.name = f"cpu{index}"
         self.model = model
         self.stats = CpuStatistics()
-        self.interrupts = Interrupts()
         self.halted = False
         self.was_stepped = False
         self._state = IDLE
         self._owner = owner
         self._clock = clock
-        self._host_factor = host_factor
-        self._milli_cycles_per_us = int(HOST_HZ * host_factor) // 1000
-        self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._clock_hz = clock_hz
-        self._registers = SyncedContext(model)
         self._service = Service(self, pio, mmio)
+        self._entry = Entry(
+            model,
+            self.stats,
+            host_factor=host_factor,
+            clock_hz=clock_hz,
+            count_exit=self._service.count,
+            on_end=self._entered,
+        )
+        self._registers = self._entry.registers
+        self.interrupts = self._entry.interrupts
         self._fresh = True  # never activated since reset
         self._idle_since_ns = clock.now_ns
         self._closed = False
         self._allowed = False  # the machine is running
-        self._inside = False  # the model is in the guest, or its result not yet taken
         self._exit_due = False  # the run page holds an exit that is not served yet
         self._begun = False  # a device or handler has been given the exit due
         self._unanswered = False  # it has suspended, and its answer goes to the run page
-        self._executed_ns = 0  # host time of the last entry
-        self._was_half = False
-        self._events: InstructionEvents | None = None
         self._wake = asyncio.Event()
-        self._leave_waiters: list[asyncio.Future[None]] = []
 
     # ---- what users see -----------------------------------------------------------
 
@@ -186,8 +177,7 @@ class VCpu:
 
     def dump(self) -> str:
         """All registers as text; the guest must not be running."""
-        self._registers.check_accessible()
-        self._complete_and_push()
+        self._entry.push_registers()
         return self.model.dump()
 
     async def run(self, ticks: int | None = None) -> VmExit:
@@ -206,24 +196,25 @@ class VCpu:
             HostError: the host refused to run the guest.
         """
         self._owner.check_steppable()
-        if self._inside:
+        if self.inside:
             raise ConfigurationError(f"{self.name} is being run already")
         self._must_be_answered("be run by hand")
         self.activate_if_fresh()
         if self._state is IDLE:
             raise ConfigurationError(f"{self.name} is idle; activate() or wakeup() it first")
-        limit_ns = self._limit_ns(ticks)
+        limit_ns = self._entry.limit_ns(ticks)
         self.was_stepped = True
         self._exit_due = False
-        result = await self._enter(limit_ns)
-        if self._events is not None:
-            while self._events.stepping and limit_ns != 0:
-                result = await self._enter(limit_ns)
-            if self._events.fired:
-                await self._events.let_waiters_run()
+        result = await self._entry.enter(limit_ns)
+        events = self._entry.events
+        if events is not None:
+            while events.stepping and limit_ns != 0:
+                result = await self._entry.enter(limit_ns)
+            if events.fired:
+                await events.let_waiters_run()
         if result is EntryResult.EXIT:
-            return decode(self.model.page, self.model.io_words, self.ticks)
-        return InterruptedExit(ticks=self.ticks, timer_expired=result is EntryResult.TIMER)
+            return self.last_exit()
+        return InterruptedExit(ticks=self._entry.ticks, timer_expired=result is EntryResult.TIMER)
 
     def kick(self) -> None:
         """End the present entry; if there is none, the next one ends at once. Any thread."""
@@ -308,13 +299,13 @@ class VCpu:
                 way that it cannot; or the count since reset is unknown, as the guest
                 has run uncounted.
         """
-        if self._events is None:
-            self._events = InstructionEvents(
-                instruction_stop(self.model), self.stats, fresh=self._fresh
-            )
-        future = self._events.add(count, from_now=from_now)
-        if not self._inside and (not self._allowed or self._state is IDLE):
-            self._events.complete_due()  # there may be no entry that would
+        events = self._entry.events
+        if events is None:
+            stop = instruction_stop(self.model)
+            events = self._entry.events = InstructionEvents(stop, self.stats, fresh=self._fresh)
+        future = events.add(count, from_now=from_now)
+        if not self.inside and (not self._allowed or self._state is IDLE):
+            events.complete_due()  # there may be no entry that would
         self.model.kick_run()
         await future
 
@@ -347,11 +338,12 @@ class VCpu:
     async def live(self) -> None:
         """The vCPU's one task: rests while it may not run, else enters and serves."""
         _current.set(self)
+        entry = self._entry
         while True:
             try:
                 while self._allowed:
-                    if self._events is not None and self._events.fired:
-                        await self._events.let_waiters_run()
+                    if entry.events is not None and entry.events.fired:
+                        await entry.events.let_waiters_run()
                     elif self._exit_due:
                         pending = self._begin_service()
                         if pending is not None:
@@ -363,8 +355,8 @@ class VCpu:
                             self._state = RUNNING
                     elif self._state is IDLE:
                         break
-                    elif self._start(None) is None:
-                        await self._arrival()
+                    elif entry.begin(None) is None:
+                        await entry.arrival()
             except EndRun as end:
                 self._served_by_ending()
                 self._owner.ended(self, end.outcome)
@@ -388,15 +380,12 @@ class VCpu:
 
     async def left(self) -> None:
         """Wait until the guest has been left. A suspended handler is not waited for."""
-        while self._inside:
-            waiter = asyncio.get_running_loop().create_future()
-            self._leave_waiters.append(waiter)
-            await waiter
+        await self._entry.left()
 
     @property
     def can_wake(self) -> bool:
         """Idle, but something may still wake it: it takes interrupts, or was suspended."""
-        return not self.halted or self.interrupts.nmi or self._takes_interrupts
+        return not self.halted or self.interrupts.nmi or self._entry.takes_interrupts
 
     @property
     def is_closed(self) -> bool:
@@ -406,7 +395,7 @@ class VCpu:
     @property
     def inside(self) -> bool:
         """Is the guest being executed?"""
-        return self._inside
+        return self._entry.inside
 
     def activate_if_fresh(self) -> None:
         """Activate a vCPU that has not been active since its reset."""
@@ -427,22 +416,17 @@ class VCpu:
         self._must_be_outside("a load")
         self._must_be_answered("be loaded or reset")
         self._exit_due = self._begun = False
-        self._abandon_access()
+        self._entry.abandon_access()
         self._registers.replace(context)
         self._become_idle()
         self._fresh = True
         self.halted = False
-        if self._events is not None:
-            self._events.reset()
-
-    @property
-    def ticks(self) -> int:
-        """Guest nanoseconds executed by the last entry; a half entry takes one clock period."""
-        return self._period_ns if self._was_half else int(self._executed_ns * self._host_factor)
+        if self._entry.events is not None:
+            self._entry.events.reset()
 
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
-        return decode(self.model.page, self.model.io_words, self.ticks)
+        return decode(self.model.page, self.model.io_words, self._entry.ticks)
 
     def describe_registers(self) -> str:
         """The general and special registers as text; the guest must not be running."""
@@ -466,154 +450,21 @@ class VCpu:
         """End the model's thread. Idempotent."""
         self._closed = True
         self._registers.locked = _CLOSED
-        if self._events is not None:
-            self._events.close()
+        if self._entry.events is not None:
+            self._entry.events.close()
         self.model.close()
 
-    # ---- entering -----------------------------------------------------------------
+    # ---- the end of an entry -----------------------------------------------------------
 
-    def _limit_ns(self, ticks: int | None) -> int | None:
-        if not ticks:
-            return ticks
-        if ticks < 0:
-            raise ConfigurationError(f"a run of {ticks} ticks: 0 or more")
-        return max(self.model.resolution_ns, int(ticks / self._host_factor))
-
-    async def _enter(self, limit_ns: int | None) -> EntryResult:
-        """One entry: sync, inject, run, account."""
-        result = self._start(limit_ns)
-        return await self._arrival() if result is None else result
-
-    def _start(self, limit_ns: int | None) -> EntryResult | None:
-        """Begin an entry: its result if it is over already, else await `_arrival()`."""
-        registers = self._registers
-        if registers.newer is _CONTEXT or self.interrupts.need_attention:
-            result = self._before_entry()
-            if result is not None:
-                return self._account(result, half=True)
-        if self._events is not None:
-            if self._events.fired:
-                return EntryResult.INTERRUPTED  # who waited has a turn first
-            limit_ns = self._events.before_entry(limit_ns, registers.access_pending)
-        self._was_half = limit_ns == 0
-        try:
-            result = self.model.enter(limit_ns)
-        finally:
-            # Also when the entry failed: the guest may have run before that.
-            registers.entered()
-        if result is None:
-            self._inside = True
-            registers.locked = _LOCKED
-            return None
-        return self._account(result, half=self._was_half)
-
-    async def _arrival(self) -> EntryResult:
-        """Wait for the end of the entry that `_start()` began."""
-        cancelled: asyncio.CancelledError | None = None
-        try:
-            while True:
-                try:
-                    result = await self.model.left()
-                    break
-                except asyncio.CancelledError as error:
-                    # Nobody may walk away from a guest that still runs: end the entry first.
-                    cancelled = error
-                    self.model.kick_run()
-        finally:
-            self._inside = False
-            self._registers.locked = None
-            if self._leave_waiters:
-                self._tell_leave_waiters()
-        result = self._account(result, half=self._was_half)
-        if cancelled is not None:
-            raise cancelled
-        return result
-
-    def _before_entry(self) -> EntryResult | None:
-        """Sync and inject. A result means that completing an access led to another exit."""
-        registers = self._registers
-        if registers.newer is Newer.CONTEXT:
-            if registers.access_pending:
-                # Now, or pushing the registers would lose the data of a pending read.
-                result = self.model.half_entry()
-                if self._events is not None:
-                    result = self._events.after_entry(result)
-                if result is EntryResult.EXIT:
-                    registers.access_continued()
-                    return EntryResult.EXIT
-                self._count_half_entry()
-                registers.access_pending = False
-            registers.push()
-        if self.interrupts.need_attention:
-            self._inject()
-        return None
-
-    def _inject(self) -> None:
-        """At most one per entry; what the guest cannot take yet asks for a window."""
-        interrupts, model = self.interrupts, self.model
-        page = model.page
-        page.request_interrupt_window = 0
-        interrupts.window_requested = False
-        delivered = self.stats.numInterrupts
-        if interrupts.nmi:
-            interrupts.nmi = False
-            model.nmi()
-            self.stats.numInterrupts += 1
-        elif model.has_lapic:  # which queues them itself, and KVM then gives no window
-            while interrupts.maskable:
-                model.interrupt(interrupts.take())
-                self.stats.numInterrupts += 1
-        elif interrupts.maskable and page.ready_for_interrupt_injection and self._takes_interrupts:
-            model.interrupt(interrupts.take())
-            self.stats.numInterrupts += 1
-        if interrupts.maskable:
-            page.request_interrupt_window = 1
-            interrupts.window_requested = True
-        if self._events is not None and self.stats.numInterrupts != delivered:
-            self._events.interrupted()
-
-    def _account(self, result: EntryResult, *, half: bool) -> EntryResult:
-        """Book the entry that has just ended, and change the state by its result; returns it."""
-        if self._events is not None:
-            result = self._events.after_entry(result)
-        stats = self.stats
-        stats.numVMExits += 1
-        self._executed_ns = executed_ns = self.model.executed_ns
-        self._was_half = half
-        if half:
-            stats.numVMHalfEntries += 1
-        stats.numCycles += executed_ns * self._milli_cycles_per_us // 1_000_000
+    def _entered(self, result: EntryResult) -> None:
+        """An entry has ended: the state follows from how."""
         if result is _EXIT:
             self._exit_due = True
             self._begun = False
-            # From now on, served or not: pushing registers first would lose the data of a read.
-            self._registers.access_pending = self._service.count()
             if self._state is not IDLE:
                 self._state = SERVICE
-        else:
-            stats.numExitSignal += 1
-            if self._state is not IDLE:
-                self._state = RUNNING
-        return result
-
-    def _count_half_entry(self) -> None:
-        self.stats.numVMExits += 1
-        self.stats.numVMHalfEntries += 1
-
-    def _abandon_access(self) -> None:
-        """Have KVM forget a pending access, or it would write its data into the new state."""
-        pieces = 0
-        while self._registers.access_pending and pieces < MAX_ACCESS_PIECES:
-            self._registers.access_pending = self.model.half_entry() is EntryResult.EXIT
-            self._count_half_entry()
-            pieces += 1
-        self._registers.access_pending = False
-
-    def _complete_and_push(self) -> None:
-        """Bring the model's registers up to date, for somebody who looks at the model."""
-        registers = self._registers
-        if registers.newer is Newer.CONTEXT and not registers.access_pending:
-            registers.push()
+        elif self._state is not IDLE:
+            self._state = RUNNING
 
     # ---- serving --------------------------------------------------------------------
 
@@ -718,21 +569,8 @@ class VCpu:
         else:
             self.model.kick_run()
 
-    @property
-    def _takes_interrupts(self) -> bool:
-        """IF; the run page's copy is of the last exit, and somebody may have edited it since."""
-        if self._inside or self._registers.newer is Newer.MODEL:
-            return bool(self.model.page.if_flag)
-        return bool(self.context.rflags & RFLAGS_IF)
-
-    def _tell_leave_waiters(self) -> None:
-        waiters, self._leave_waiters = self._leave_waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
     def _must_be_outside(self, what: str) -> None:
-        if self._inside:
+        if self.inside:
             raise ConfigurationError(f"{what} needs {self.name} to be outside of its guest")
 
     def _must_be_answered(self, what: str) -> None:
@@ -745,5 +583,4 @@ class VCpu:
         return f"<VCpu {self.name} {self._state.value}>"
 
 
-_LOCKED = "the guest is running; wait for run() to end before looking at its registers"
 _CLOSED = "the machine is closed, and its registers are gone"

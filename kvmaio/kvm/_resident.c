@@ -156,6 +156,10 @@ static int follow_thread(kvmaio_resident *resident)
 	sigset_t kick;
 	timer_t timer;
 
+	/* Blocked, it could not end KVM_RUN: nothing could. Each time, as a program may have
+	 * blocked all signals meanwhile. */
+	kick_signal_set(&kick);
+	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
 	if (tid == atomic_load(&resident->tid))
 		return 0;
 	int error = create_thread_timer(tid, &timer);
@@ -167,9 +171,6 @@ static int follow_thread(kvmaio_resident *resident)
 	resident->timer_ns = 0;
 	resident->budget_end_ns = 0;
 	resident->thread = pthread_self();
-	/* Blocked, it could not end KVM_RUN: nothing could. */
-	kick_signal_set(&kick);
-	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
 	/* Before any look at `kicked`: who still reads the old id has written that already. */
 	atomic_store(&resident->tid, tid);
 	return 0;
@@ -266,6 +267,16 @@ static void arm_watcher(kvmaio_resident *resident)
 		futex_wake(&resident->watching);
 }
 
+/* Every run enters at least once, or an access would stay pending: the caller counts on it. */
+static int time_is_up(kvmaio_vcpu *vcpu)
+{
+	if (vcpu->inside_ns)
+		return KVMAIO_TIMER;
+	announce(vcpu);
+	int outcome = enter(vcpu, 1, COARSE);
+	return outcome == KVMAIO_INTERRUPTED ? KVMAIO_TIMER : outcome;
+}
+
 /* One entry, until `deadline_ns` at the latest. */
 static int enter_until(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns)
 {
@@ -297,7 +308,7 @@ static int enter_until(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t dea
 	if (limit_ns > 0) {
 		vcpu->limit_ns -= now_ns - started_ns;
 		if (vcpu->limit_ns <= 0)
-			return KVMAIO_TIMER;
+			return time_is_up(vcpu);
 	}
 	/* A whole slice without an exit, and time left: from now on somebody watches. */
 	if (may_watch && !watched && now_ns >= slice_end_ns && slice_end_ns < deadline_ns) {

@@ -1,0 +1,243 @@
+"""`Entry`: one vCPU's way into its guest and back: sync, inject, run, account.
+
+It knows no states: the vCPU (`vcpu.py`) decides when to enter, and hears of each end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from .cpu import CpuModel, EntryResult
+from .errors import ConfigurationError
+from .instruction_events import InstructionEvents
+from .interrupts import Interrupts
+from .registers_sync import Newer, SyncedContext
+from .stats import CpuStatistics
+
+__all__ = ["Entry"]
+
+HOST_HZ = 2_000_000_000
+"""The host clock that turns measured CPU time into host cycles (gem5's default hostFreq)."""
+
+MAX_ACCESS_PIECES = 1 << 16
+"""KVM splits one instruction's access into a few pieces, but REP OUTS into one per element."""
+
+RFLAGS_IF = 1 << 9
+
+# Names of the module's own: an enum's member costs a look-up on the hot path.
+_EXIT = EntryResult.EXIT
+_CONTEXT = Newer.CONTEXT
+
+
+class Entry:
+    """Enters the guest of one vCPU.
+
+    Attributes:
+        registers: the engine's copy of them.
+        interrupts: what waits to be delivered.
+        events: instruction counts that somebody waits for, or None.
+        inside: the model is in the guest, or its result is not yet taken.
+        count_exit: counts the exit that has come; must the next entry complete it?
+        on_end: told how each entry ended.
+    """
+
+    def __init__(
+        self,
+        model: CpuModel,
+        stats: CpuStatistics,
+        *,
+        host_factor: float,
+        clock_hz: int,
+        count_exit: Callable[[], bool],
+        on_end: Callable[[EntryResult], None],
+    ) -> None:
+        self.model = model
+        self.stats = stats
+        self.registers = SyncedContext(model)
+        self.interrupts = Interrupts()
+        self.events: InstructionEvents | None = None
+        self.inside = False
+        self.count_exit = count_exit
+        self.on_end = on_end
+        self._host_factor = host_factor
+        self._milli_cycles_per_us = int(HOST_HZ * host_factor) // 1000
+        self._period_ns = max(1, 1_000_000_000 // clock_hz)
+        self._executed_ns = 0  # host time of the last entry
+        self._was_half = False
+        self._leave_waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def ticks(self) -> int:
+        """Guest nanoseconds executed by the last entry; a half entry takes one clock period."""
+        return self._period_ns if self._was_half else int(self._executed_ns * self._host_factor)
+
+    def limit_ns(self, ticks: int | None) -> int | None:
+        """The host time for a run of `ticks` guest nanoseconds: what the run timer can keep."""
+        if not ticks:
+            return ticks
+        if ticks < 0:
+            raise ConfigurationError(f"a run of {ticks} ticks: 0 or more")
+        return max(self.model.resolution_ns, math.ceil(ticks / self._host_factor))
+
+    # ---- entering -------------------------------------------------------------------
+
+    async def enter(self, limit_ns: int | None) -> EntryResult:
+        """One entry, from its beginning to its end."""
+        result = self.begin(limit_ns)
+        return await self.arrival() if result is None else result
+
+    def begin(self, limit_ns: int | None) -> EntryResult | None:
+        """Begin an entry: its result if it is over already, else await `arrival()`."""
+        registers = self.registers
+        if registers.newer is _CONTEXT or self.interrupts.need_attention:
+            result = self._prepare()
+            if result is not None:
+                return self._account(result, half=True)
+        if self.events is not None:
+            if self.events.fired:
+                return EntryResult.INTERRUPTED  # who waited has a turn first
+            limit_ns = self.events.before_entry(limit_ns, registers.access_pending)
+        self._was_half = limit_ns == 0
+        try:
+            result = self.model.enter(limit_ns)
+        finally:
+            # Also when the entry failed: the guest may have run before that.
+            registers.entered()
+        if result is None:
+            self.inside = True
+            registers.locked = _LOCKED
+            return None
+        return self._account(result, half=self._was_half)
+
+    async def arrival(self) -> EntryResult:
+        """Wait for the end of the entry that `begin()` began."""
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            while True:
+                try:
+                    result = await self.model.left()
+                    break
+                except asyncio.CancelledError as error:
+                    # Nobody may walk away from a guest that still runs: end the entry first.
+                    cancelled = error
+                    self.model.kick_run()
+        finally:
+            self.inside = False
+            self.registers.locked = None
+            if self._leave_waiters:
+                self._tell_leave_waiters()
+        result = self._account(result, half=self._was_half)
+        if cancelled is not None:
+            raise cancelled
+        return result
+
+    async def left(self) -> None:
+        """Wait until the guest has been left."""
+        while self.inside:
+            waiter = asyncio.get_running_loop().create_future()
+            self._leave_waiters.append(waiter)
+            await waiter
+
+    def _tell_leave_waiters(self) -> None:
+        waiters, self._leave_waiters = self._leave_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # ---- before and after -------------------------------------------------------------
+
+    def _prepare(self) -> EntryResult | None:
+        """Sync and inject. A result means that completing an access led to another exit."""
+        registers = self.registers
+        if registers.newer is _CONTEXT:
+            if registers.access_pending:
+                # Now, or pushing the registers would lose the data of a pending read.
+                result = self.model.half_entry()
+                if self.events is not None:
+                    result = self.events.after_entry(result)
+                if result is _EXIT:
+                    registers.access_continued()
+                    return _EXIT
+                self._count_half_entry()
+                registers.access_pending = False
+            registers.push()
+        if self.interrupts.need_attention:
+            self._inject()
+        return None
+
+    def _inject(self) -> None:
+        """At most one per entry; what the guest cannot take yet asks for a window."""
+        interrupts, model = self.interrupts, self.model
+        page = model.page
+        page.request_interrupt_window = 0
+        interrupts.window_requested = False
+        delivered = self.stats.numInterrupts
+        if interrupts.nmi:
+            interrupts.nmi = False
+            model.nmi()
+            self.stats.numInterrupts += 1
+        elif model.has_lapic:  # which queues them itself, and KVM then gives no window
+            while interrupts.maskable:
+                model.interrupt(interrupts.take())
+                self.stats.numInterrupts += 1
+        elif interrupts.maskable and page.ready_for_interrupt_injection and self.takes_interrupts:
+            model.interrupt(interrupts.take())
+            self.stats.numInterrupts += 1
+        if interrupts.maskable:
+            page.request_interrupt_window = 1
+            interrupts.window_requested = True
+        if self.events is not None and self.stats.numInterrupts != delivered:
+            self.events.interrupted()
+
+    @property
+    def takes_interrupts(self) -> bool:
+        """IF; the run page's copy is of the last exit, and somebody may have edited it since."""
+        if self.inside or self.registers.newer is Newer.MODEL:
+            return bool(self.model.page.if_flag)
+        return bool(self.registers.get().rflags & RFLAGS_IF)
+
+    def _account(self, result: EntryResult, *, half: bool) -> EntryResult:
+        """Book the entry that has just ended; returns its result."""
+        if self.events is not None:
+            result = self.events.after_entry(result)
+        stats = self.stats
+        stats.numVMExits += 1
+        self._executed_ns = executed_ns = self.model.executed_ns
+        self._was_half = half
+        if half:
+            stats.numVMHalfEntries += 1
+        stats.numCycles += executed_ns * self._milli_cycles_per_us // 1_000_000
+        if result is _EXIT:
+            # From now on, served or not: pushing registers first would lose the data of a read.
+            self.registers.access_pending = self.count_exit()
+        else:
+            stats.numExitSignal += 1
+        self.on_end(result)
+        return result
+
+    def _count_half_entry(self) -> None:
+        self.stats.numVMExits += 1
+        self.stats.numVMHalfEntries += 1
+
+    # ---- the model's registers ----------------------------------------------------------
+
+    def abandon_access(self) -> None:
+        """Have KVM forget a pending access, or it would write its data into a new state."""
+        pieces = 0
+        while self.registers.access_pending and pieces < MAX_ACCESS_PIECES:
+            self.registers.access_pending = self.model.half_entry() is _EXIT
+            self._count_half_entry()
+            pieces += 1
+        self.registers.access_pending = False
+
+    def push_registers(self) -> None:
+        """Bring the model's registers up to date, for somebody who looks at the model."""
+        registers = self.registers
+        registers.check_accessible()
+        if registers.newer is _CONTEXT and not registers.access_pending:
+            registers.push()
+
+
+_LOCKED = "the guest is running; wait for run() to end before looking at its registers"
