@@ -132,6 +132,7 @@ class KvmCpu:
     async def left(self) -> EntryResult:
         while self._inside:
             await self._arrival
+        self._promotion.left()
         return self._result(self.handle.outcome)
 
     def arrived(self) -> None:
