@@ -182,6 +182,7 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	if (!vcpu->resident_run)
 		vcpu->run_id++;
 	vcpu->executed_ns = 0;
+	vcpu->executed_cycles = -1;
 	vcpu->inside_ns = 0;
 	vcpu->limit_ns = limit_ns;
 	vcpu->resident_run = 1;
@@ -343,6 +344,7 @@ int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu)
 {
 	/* Without a run id of its own: a kick beforehand is for the run behind it. */
 	vcpu->executed_ns = 0;
+	vcpu->executed_cycles = -1;
 	announce(vcpu);
 	return enter(vcpu, 1, COARSE);
 }

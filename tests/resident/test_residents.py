@@ -743,13 +743,29 @@ def test_handlers_mask_and_wakeup_descriptor_are_left_alone(loop_kind, eager):
     run_on(loop_kind, main())
 
 
-def test_a_thread_that_blocks_all_signals_can_be_a_loops(loop_kind, eager):
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_thread_that_blocks_all_signals_can_be_a_loops(loop_kind, eager, when):
+    """Nothing but a signal ends KVM_RUN."""
     failures = []
 
-    def run():
+    def block():
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+
+    async def main():
+        async with machine_with(COMPUTING) as machine:
+            run = asyncio.ensure_future(machine.run())
+            await living_here(machine)
+            block()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            machine.stop()
+            await run
+
+    def run():
+        if when == "before":
+            block()
         try:
-            run_on(loop_kind, storm_for_a_while())
+            run_on(loop_kind, main())
         except BaseException:
             failures.append(traceback.format_exc())
 
