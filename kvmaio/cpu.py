@@ -214,6 +214,9 @@ class CpuModel(Protocol):
     def finish(self) -> EntryResult:
         """Block until the entry that `begin()` began is over."""
 
+    def is_waiting(self) -> bool:
+        """Does the guest wait inside of the model, halted or for a start-up IPI?"""
+
     @property
     def executed_ns(self) -> int:
         """Host CPU time of the last entry in nanoseconds."""

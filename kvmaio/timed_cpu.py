@@ -30,6 +30,9 @@ LONGEST_SLICE_NS = 10_000_000
 
 SLICES_KEPT = 64
 
+MOST_STALLS = 50
+"""Slices for which a busy host may not run a guest; then it counts as idle, and time goes on."""
+
 
 class TimedCpu:
     """See `kvmaio.cpu.CpuModel`, and `kvmaio.simulation.SimulatedGuest`.
@@ -68,6 +71,7 @@ class TimedCpu:
         self._fraction_ns = 0.0  # of guest time, executed and not yet counted
         self._kicked = False
         self._ended_at_ns = -1
+        self._stalled = 0  # slices in a row in which next to nothing was executed
         self._entries_without_progress = 0
         self._slices: deque[tuple[int, int]] = deque(maxlen=SLICES_KEPT)  # wall clock, local
 
@@ -166,8 +170,7 @@ class TimedCpu:
             return True
         self._slicing = False
         self._book(self.model.executed_ns)
-        if result is EntryResult.TIMER:
-            # The run timer has expired: an idle guest gets to the event all the same.
+        if result is EntryResult.TIMER and self._may_jump():
             self.local_ns = max(self.local_ns, self._until_ns)
         self._stats.ticksOvershot += max(0, self.local_ns - self._until_ns)
         if result is EntryResult.EXIT or (result is EntryResult.INTERRUPTED and self._kicked):
@@ -177,6 +180,20 @@ class TimedCpu:
         elif self._flush_soon is not None and self.model.has_posted():
             self._flush_soon()
         return self._over
+
+    def _may_jump(self) -> bool:
+        """The run timer has expired: is the rest of the slice idle time?
+
+        It is where the guest is halted, and where it is less than can be run. A guest that
+        the host kept from running, or that ran on a busy host, has the rest still to run.
+        """
+        rest_ns = self._until_ns - self.local_ns
+        if rest_ns <= self.model.resolution_ns * self._factor or self.model.is_waiting():
+            self._stalled = 0
+            return True
+        executed_ns = self.model.executed_ns * self._factor
+        self._stalled = 0 if executed_ns > rest_ns / 100 else self._stalled + 1
+        return self._stalled > MOST_STALLS
 
     def arrived(self) -> None:
         if self._inside and self._over:
@@ -242,6 +259,9 @@ class TimedCpu:
         return self.model.ring_doorbells()
 
     # ---- the rest is the model's -----------------------------------------------------
+
+    def is_waiting(self) -> bool:
+        return self.model.is_waiting()
 
     def read_context(self) -> Context:
         return self.model.read_context()

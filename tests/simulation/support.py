@@ -85,6 +85,7 @@ class ScriptedModel:
         self.executed_ns = 0
         self.log: list[str] = []
         self.kicks = 0
+        self.waiting = False
         self.name = ""
 
     def begin(self, limit_ns: int) -> None:
@@ -99,6 +100,9 @@ class ScriptedModel:
     def half_entry(self) -> EntryResult:
         self.executed_ns = 0
         return EntryResult.INTERRUPTED
+
+    def is_waiting(self) -> bool:
+        return self.waiting
 
     def kick(self) -> None:
         self.kicks += 1

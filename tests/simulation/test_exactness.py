@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmaio.clock import Alarm, LoopClock
@@ -15,6 +15,7 @@ from kvmaio.errors import ConfigurationError, KvmaioError
 from kvmaio.simulation import SimulationLoop
 from tests.simulation.support import (
     MS,
+    PATIENCE,
     ScriptedModel,
     enter_again_and_again,
     running,
@@ -70,6 +71,7 @@ def test_a_callback_sees_exactly_its_deadline(start_s):
     assert simulate(main()) == (start_s * 10**9, sorted(deadlines))
 
 
+@settings(max_examples=50 // PATIENCE)
 @given(st.lists(st.floats(min_value=0, max_value=1e6), max_size=30))
 def test_a_float_deadline_is_rounded_to_the_nearest_nanosecond(deadlines):
     async def main():
@@ -208,6 +210,42 @@ def test_the_host_factor_scales_time_without_losing_fractions(host_factor):
     assert abs(local_ns - entries * 7 * host_factor) <= 1000 * host_factor + 1
 
 
+def test_a_guest_that_the_host_kept_from_running_has_the_rest_still_to_run():
+    executed = []
+
+    async def main():
+        loop, seen = running(), []
+
+        def step(limit_ns):
+            executed.append(limit_ns // 3 + 1)
+            return executed[-1], TIMER
+
+        cpu, _ = timed(ScriptedModel(step))
+        task = asyncio.create_task(enter_again_and_again(cpu))
+        loop.call_at_ns(1000, lambda: seen.append((loop.time_ns(), cpu.local_ns)))
+        await asyncio.sleep(1e-6)
+        task.cancel()
+        return seen
+
+    assert simulate(main()) == [(1000, 1000)]
+    assert sum(executed) in (999, 1000) and len(executed) > 5
+
+
+@pytest.mark.parametrize(("waiting", "most_slices"), [(True, 1), (False, 60)])
+def test_a_guest_that_executes_nothing_gets_to_the_event(waiting, most_slices):
+    """At once if it is halted inside of the model; if the host does not run it, in the end."""
+
+    async def main():
+        model = ScriptedModel(lambda limit_ns: (0, TIMER))
+        model.waiting = waiting
+        task = asyncio.create_task(enter_again_and_again(timed(model)[0]))
+        await asyncio.sleep(1e-6)
+        task.cancel()
+        return model.log.count("begin")
+
+    assert 1 <= simulate(main()) <= most_slices
+
+
 class Random:
     """A random program: timers that set timers, guests that exit and overshoot."""
 
@@ -262,6 +300,7 @@ class Random:
         return self.times, self.trace
 
 
+@settings(max_examples=50 // PATIENCE)
 @given(st.integers(min_value=0), st.sampled_from(["parallel", "sequential"]))
 def test_time_never_goes_backwards_and_everything_happens_at_its_time(seed, schedule):
     times, trace = simulate(Random(seed, schedule).main(), schedule=schedule)

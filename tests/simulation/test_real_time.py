@@ -93,6 +93,7 @@ def test_a_guest_does_not_run_ahead_of_the_wall_clock_while_time_is_held():
 
     async def main():
         model = ScriptedModel(lambda limit_ns: (0, EntryResult.TIMER))
+        model.waiting = True
         guest = asyncio.create_task(enter_again_and_again(timed(model, 1000.0)[0]))
         async with asyncio.timeout(1 * PATIENCE):
             await asyncio.to_thread(time.sleep, 0.05)
