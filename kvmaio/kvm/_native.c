@@ -166,6 +166,15 @@ int kvmaio_hub_collect(kvmaio_hub *hub, uint32_t *tags, int capacity)
 
 /* ---- running ------------------------------------------------------------------ */
 
+/* The guest's cycles so far; 0 where nobody counts, or the counter has lost its place. */
+static uint64_t count_cycles(const kvmaio_vcpu *vcpu)
+{
+	uint64_t count;
+	if (vcpu->cycles_fd < 0 || read(vcpu->cycles_fd, &count, sizeof count) != sizeof count)
+		return 0;
+	return count;
+}
+
 /* One run, on the vCPU's thread.
  *
  * Against lost kicks, a Dekker pair: this thread publishes `active` and then
@@ -181,6 +190,7 @@ static void execute(kvmaio_vcpu *vcpu)
 
 	int64_t worked_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
 	int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
+	const uint64_t cycles_before = count_cycles(vcpu);
 	atomic_store(&vcpu->active, run_id);
 	/* A run that was kicked beforehand enters all the same, so that a pending
 	 * access gets completed, but executes nothing. */
@@ -231,6 +241,9 @@ static void execute(kvmaio_vcpu *vcpu)
 	/* Added: a run that has moved here was executed elsewhere before. */
 	vcpu->inside_ns += clock_ns(CLOCK_MONOTONIC) - started_ns;
 	vcpu->executed_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - worked_ns;
+	const uint64_t cycles = count_cycles(vcpu);
+	if (vcpu->executed_cycles >= 0)
+		vcpu->executed_cycles = cycles ? (int64_t)(cycles - cycles_before) : -1;
 	vcpu->outcome = outcome;
 	atomic_store(&vcpu->ended, run_id);
 }
@@ -280,7 +293,8 @@ int kvmaio_vcpu_create(kvmaio_hub *hub, int vm_fd, unsigned long id, size_t page
 	vcpu->hub = hub;
 	vcpu->tag = tag;
 	vcpu->page_size = page_size;
-	vcpu->timer.counter_fd = -1;
+	vcpu->timer.counter_fd = vcpu->cycles_fd = -1;
+	vcpu->executed_cycles = -1;
 	vcpu->fd = kvmaio_ioctl_value(vm_fd, KVM_CREATE_VCPU, id);
 	if (vcpu->fd < 0) {
 		int error = vcpu->fd;
@@ -340,6 +354,7 @@ static void submit(kvmaio_vcpu *vcpu, int64_t limit_ns, int in_place)
 	if (!in_place || limit_ns)
 		vcpu->run_id++;
 	vcpu->executed_ns = 0;
+	vcpu->executed_cycles = 0;
 	vcpu->inside_ns = 0;
 	vcpu->limit_ns = limit_ns;
 	vcpu->in_place = in_place;

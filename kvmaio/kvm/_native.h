@@ -72,6 +72,7 @@ typedef struct kvmaio_vcpu {
 	/* The result: written by the thread before `command` says IDLE. */
 	int outcome; /* enum kvmaio_outcome or -errno */
 	int64_t executed_ns; /* host CPU time */
+	int64_t executed_cycles; /* what cycles_fd counted meanwhile; -1: unknown */
 	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
 	uint64_t entries;    /* KVM_RUN calls so far */
 	uint64_t unrequested; /* of these, ended by an EINTR that nobody asked for */
@@ -94,6 +95,7 @@ typedef struct kvmaio_vcpu {
 	pid_t tid;
 	int started;
 	kvmaio_run_timer timer; /* of its own thread */
+	int cycles_fd; /* counts its guest's cycles on its own thread, the owner's; or -1 */
 } kvmaio_vcpu;
 
 /* KVM_CREATE_VCPU and its run page; no thread yet. */

@@ -5,9 +5,11 @@ import time
 import pytest
 
 from kvmaio.exits import InterruptedExit
+from kvmaio.kvm.counters import TASK_CLOCK, CounterConfig
 from kvmaio.stats import CpuStatistics
 from tests.engine.support import deadline
 from tests.engine.test_section_a import SPIN, lone_vcpu
+from tests.kvm.test_counters import needs_events
 from tests.scripted import INTERRUPTED, TIMER, port_in, port_out
 
 MS = 1_000_000
@@ -81,6 +83,21 @@ async def test_a_native_vcpu_is_charged_its_threads_cpu_time(boot):
         passed_ns = time.monotonic_ns() - start_ns
     assert exit_.timer_expired
     assert 0 < exit_.ticks <= passed_ns
+
+
+@pytest.mark.kvm
+@needs_events
+async def test_a_native_vcpu_is_charged_the_cycles_that_were_counted(boot, monkeypatch):
+    """A stand-in: the task clock in the place of the PMU's cycles, on a host of "500 MHz"."""
+    monkeypatch.setattr("kvmaio.kvm.cpu.host_hz", lambda: 500_000_000)
+    machine = boot(*SPIN)
+    (vcpu,) = machine.vcpus
+    vcpu.model._count_cycles(CounterConfig(TASK_CLOCK))
+    async with deadline():
+        exit_ = await vcpu.run(20 * MS)
+    counted, worked_ns = vcpu.model.handle.executed_cycles, vcpu.model.handle.executed_ns
+    assert 0 < worked_ns <= counted + 50_000
+    assert exit_.ticks == counted * 2
 
 
 @pytest.mark.kvm
