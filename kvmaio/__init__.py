@@ -8,11 +8,14 @@ How the package is laid out, in the order in which one may want to read it:
 `bus`               from an address to a device
 `memory`            the guest's RAM and ROM
 `vcpu`              the state machine of a virtual CPU and its run loop
+`entry`             into the guest and back: sync, inject, run, account
 `service`           from an exit to whoever answers it; `exits` names the reasons
+`simulation`        the event loop as the simulator's event queue; `clock` reads it
 `cpu`, `platform`   what a CPU model and its host part must be able to do
 `kvm`               the KVM model; the only user of the C core
 `boot`              image loaders
 `devices`           device models, one file per part
+`bench`, `testing`  what it costs; devices tested without a CPU
 `cli`, `doctor`     the command line
 ==================  ==================================================================
 """
