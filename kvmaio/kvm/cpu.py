@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from ..errors import ConfigurationError, HostError
 from . import state
 from ._native import ffi, lib
 from .context import context_from, get_context, set_context
-from .counters import Counter
+from .counters import Counter, CounterConfig, cycle_counting, host_hz
 from .cpuid import CpuidEntry
 from .gate import check
 from .hub import Hub
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .fast import FastPaths
 
 __all__ = ["KvmCpu"]
+
+_log = logging.getLogger(__name__)
 
 HALF_ENTRY_LIMIT_NS = 5_000_000_000
 """A half entry takes microseconds; a host that is this slow is stuck."""
@@ -68,6 +71,7 @@ class KvmCpu:
         timer = chosen_timer()
         self.resolution_ns = timer.resolution_ns
         self._timer_counter: Counter | None = None
+        self._cycles: Counter | None = None
         self._tag = hub.add(self)
         out = ffi.new("kvmaio_vcpu **")
         try:
@@ -82,6 +86,8 @@ class KvmCpu:
                 check(lib.kvmaio_vcpu_start(self.handle), "pthread_create")
                 if timer.event is not None:
                     self._timer_counter = use_counter(self.handle, timer.event)
+                if cycle_counting().available:
+                    self._count_cycles(CounterConfig.guest_cycles())
             except BaseException:
                 lib.kvmaio_vcpu_stop(self.handle, LEAVE_LIMIT_NS)
                 lib.kvmaio_vcpu_destroy(self.handle)
@@ -143,7 +149,19 @@ class KvmCpu:
     @property
     def executed_ns(self) -> int:
         executed_ns: int = self.handle.executed_ns
+        if self._cycles is not None and (cycles := self.handle.executed_cycles) >= 0:
+            return int(cycles) * 1_000_000_000 // host_hz()  # only of its own thread
         return executed_ns
+
+    def _count_cycles(self, config: CounterConfig) -> None:
+        try:
+            host_hz()
+            self._cycles = Counter(config).attach(self.handle.tid)
+        except HostError as error:  # too many are in use by now: CPU time will do
+            _log.info("cycles are taken from the threads' CPU time: %s", error)
+        else:
+            self._cycles.enable()
+            self.handle.cycles_fd = self._cycles.fd
 
     def half_entry(self) -> EntryResult:
         self._before_entry()
@@ -330,8 +348,9 @@ class KvmCpu:
             self._residents = None
         check(lib.kvmaio_vcpu_stop(handle, LEAVE_LIMIT_NS), "pthread_join", _STUCK)
         self._hub.remove(self._tag)
-        if self._timer_counter is not None:
-            self._timer_counter.close()
+        for counter in (self._timer_counter, self._cycles):
+            if counter is not None:
+                counter.close()
         lib.kvmaio_vcpu_destroy(handle)
         self.page = None
 
