@@ -59,7 +59,9 @@ BUDGET_EXITS = 80
 LEAST_EXITS = 60
 OFTEN_EXITS = 50
 OFTEN_WITHIN_NS = 10_000_000
-"""So many exits within so much of the guest's time and its devices' are often."""
+"""So many exits within so much of the guest's time and its devices' are often ..."""
+USUAL_EXIT_NS = 10_000
+"""... where an exit costs no more than this; where it does, more time by as much."""
 QUIET_NS = 50_000_000
 MOVE_EVERY_NS = 200_000_000
 
@@ -72,10 +74,19 @@ class Promotion:
     every 200 ms.
     """
 
-    __slots__ = ("_busy_ns", "_costs", "_count", "_last_move_ns", "_left_ns", "moves")
+    __slots__ = (
+        "_busy_ns",
+        "_costs",
+        "_count",
+        "_last_move_ns",
+        "_left_ns",
+        "_slow_exit_ns",
+        "moves",
+    )
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
+        self._slow_exit_ns = max(costs.exit_ns, USUAL_EXIT_NS)
         self._count = 0
         self._busy_ns = 0
         self._left_ns = 0
@@ -103,7 +114,7 @@ class Promotion:
             self._left_ns = 0
         if self._count < OFTEN_EXITS:
             return False
-        often = self._busy_ns < OFTEN_WITHIN_NS
+        often = self._busy_ns * USUAL_EXIT_NS < OFTEN_WITHIN_NS * self._slow_exit_ns
         self._count = self._busy_ns = 0
         return often and self._may_move(now_ns)
 

@@ -85,6 +85,12 @@ def test_where_the_change_of_threads_is_slow_it_moves_in_all_the_same(script, co
     assert (vcpu.is_resident, vcpu.moves) == (True, 1)
 
 
+def test_where_exits_are_slow_fewer_are_often(script):
+    vcpu = script(Costs(exit_ns=40 * US, move_ns=16 * MS))
+    vcpu.exit(600 * US, count=2 * promotion.OFTEN_EXITS)
+    assert (vcpu.is_resident, vcpu.moves) == (True, 1)
+
+
 @BOTH
 def test_a_guest_that_its_devices_keep_waiting_stays_where_it_is(script, costs):
     vcpu = script(costs)
