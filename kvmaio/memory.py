@@ -27,6 +27,8 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         size = text
+    elif not isinstance(text, str):
+        raise ConfigurationError(f"a size of {text!r}: write it like 64M, or as a number of bytes")
     else:
         stripped = text.strip().upper().removesuffix("IB").removesuffix("B")
         unit = stripped[-1:] if stripped[-1:].isalpha() else ""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvmaio import ConfigurationError, Device, Halted, Machine, Register, SharedRegister
 from kvmaio.boot import Flat
 from kvmaio.testing import BusDriver
+from tests.engine.support import LAB, deadline, until
 
 pytestmark = pytest.mark.kvm
 
@@ -79,7 +80,7 @@ async def run_guest(code: bytes) -> tuple[Recorder, bytes, Machine]:
     async with Machine() as machine:
         device = machine.attach(Recorder(), pio=BASE)
         machine.load(Flat(code, address=0x1000))
-        async with asyncio.timeout(20):
+        async with deadline(20):
             assert await machine.run() == Halted()
         return device, machine.memory.read(RESULTS, 256), machine
 
@@ -93,7 +94,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5 if LAB else 80, suppress_health_check=[HealthCheck.too_slow])
 @given(OPERATIONS)
 def test_nothing_is_reordered(operations):
     """Random interleavings: the device sees the guest's program order."""
@@ -155,10 +156,9 @@ async def test_a_posted_write_costs_no_exit_and_arrives_though_no_exit_comes():
     async with Machine() as machine:
         device = machine.attach(Recorder(), pio=BASE)
         machine.load(Flat(out(POSTED, 0x41) + b"\xeb\xfe", address=0x1000))
-        async with asyncio.timeout(20):
+        async with deadline(20):
             running = asyncio.create_task(machine.run())
-            while not device.log:
-                await asyncio.sleep(0.001)
+            await until(lambda: device.log)
             machine.stop()
             await running
         assert device.log == [("posted", 0x41)]
@@ -194,7 +194,7 @@ async def test_a_guest_that_polls_sees_the_device_change_its_shared_register():
         device = machine.attach(Recorder(), pio=BASE)
         machine.load(Flat(b"\xba" + port + b"\xec\x3c\x07\x75\xfb\xf4", address=0x1000))
         asyncio.get_running_loop().call_later(0.02, setattr, device, "last", 7)
-        async with asyncio.timeout(20):
+        async with deadline(20):
             assert await machine.run() == Halted()
 
 
@@ -235,7 +235,7 @@ async def test_an_irqfd_raises_a_line_from_another_thread():
         machine.memory.write(0x2000, handler)
         machine.memory.write(0x24 * 4, (0x2000).to_bytes(4, "little"))
         irqfd = machine.irqfd(4)
-        async with asyncio.timeout(20):
+        async with deadline(20):
             running = asyncio.create_task(machine.run())
             await ready.written.wait()
             await asyncio.to_thread(os.eventfd_write, irqfd, 1)
