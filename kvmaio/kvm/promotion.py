@@ -63,6 +63,9 @@ OFTEN_WITHIN_NS = 10_000_000
 USUAL_EXIT_NS = 10_000
 """... where an exit costs no more than this; where it does, more time by as much."""
 QUIET_NS = 50_000_000
+CERTAIN = 20
+"""Where there is no way back in, a guest must have been quiet for so many times as long: an
+overloaded host can keep it from running for a while."""
 MOVE_EVERY_NS = 200_000_000
 
 
@@ -125,7 +128,12 @@ class Promotion:
             inside_ns: how long it has been in its guest without an exit. Not how long ago
                 the last exit was: a loop that was busy with something else is no reason.
         """
-        return inside_ns > QUIET_NS and self._may_move(time.monotonic_ns())
+        return inside_ns > self.quiet_ns and self._may_move(time.monotonic_ns())
+
+    @property
+    def quiet_ns(self) -> int:
+        """So long in the guest without an exit is quiet."""
+        return QUIET_NS if self._costs.moves_are_cheap else QUIET_NS * CERTAIN
 
     def moved(self) -> None:
         """It has moved, in or out."""

@@ -110,9 +110,9 @@ def test_a_storm_after_a_long_rest_counts_from_its_beginning(script, costs):
 def test_a_resident_that_hardly_exits_any_more_moves_out(script, costs):
     vcpu = script(costs)
     vcpu.exit(20 * US, count=100)
-    vcpu.be_quiet(promotion.QUIET_NS)
+    vcpu.be_quiet(vcpu.policy.quiet_ns)
     assert vcpu.is_resident
-    vcpu.be_quiet(promotion.QUIET_NS + 1)
+    vcpu.be_quiet(vcpu.policy.quiet_ns + 1)
     assert (vcpu.is_resident, vcpu.moves) == (False, 2)
 
 
@@ -128,7 +128,7 @@ def test_where_moves_are_dear_there_are_no_others(script):
     vcpu = script(DEAR)
     for _ in range(100):
         vcpu.exit(20 * US, count=1_000)
-        vcpu.be_quiet(1_000 * MS)
+        vcpu.be_quiet(2_000 * MS)
     assert (vcpu.is_resident, vcpu.moves) == (False, 2)
 
 
