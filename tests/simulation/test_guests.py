@@ -385,3 +385,29 @@ def test_no_thread_is_left():
 
     simulate(main())
     assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == before
+
+
+# mov ebx, 0xfee00300; then INIT (0xc4500) and SIPI (0xc4608) twice, each with mov [ebx], ...
+# and mov ecx, 1000; pause: loop pause in between; await: cmp dword ptr [0x3000], N; jne await
+# mov al, 5; out 0x50, al; jmp $ (0x61 is KVM's own, beside its PIT)
+STARTING = (
+    "bb0003e0fe c70300450c00 b9e8030000 e2fe c70308460c00 b9e8030000 e2fe c70308460c00"
+    "833d00300000{others:02x} 75f7 b005 e650 ebfe"
+)
+STARTED = bytes.fromhex("66f0ff060030 f4 ebfd")  # lock inc dword ptr [0x3000]; rest: hlt; jmp rest
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("vcpus", [2, 4])
+def test_application_processors_come_up(schedule, vcpus):
+    async def main():
+        async with Machine(memory="1M", cpu="kvm", vcpus=vcpus) as machine:
+            port = machine.attach(Port(lambda _: machine.stop()), pio=0x50)
+            code = bytes.fromhex(STARTING.format(others=vcpus - 1))
+            machine.load(Flat(code, address=0x1000, mode="prot32"))
+            machine.memory.write(0x8000, STARTED)
+            async with asyncio.timeout(60):
+                outcome = await machine.run()
+            return outcome, [value for _, value in port.writes]
+
+    assert simulate(main(), schedule=schedule) == (Stopped("stopped"), [5])
