@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import attrs
 
-from .cpu import PostedWrite
 from .device import Device
 from .errors import ConfigurationError, UnmappedAccess
 
@@ -164,19 +163,17 @@ class Bus:
             return None
         return _finish_write(pending, target.update)
 
-    def begin_posted(self, write: PostedWrite) -> Awaitable[None] | None:
-        """Start a write that the guest made earlier: `Device.write_time_ns` says when."""
-        mapping = self.find(write.address) if write.time_ns is not None else None
+    async def write_stamped(self, address: int, size: int, value: int, time_ns: int) -> None:
+        """A write that the guest made at `time_ns`: `Device.write_time_ns` says so meanwhile."""
+        mapping = self.find(address)
         if mapping is None:
-            return self.begin_write(write.address, write.size, write.value)
-        return self._write_stamped(mapping.device, write)
-
-    async def _write_stamped(self, device: Device, write: PostedWrite) -> None:
-        device.posted_time_ns = write.time_ns
+            await self.write(address, size, value)
+            return
+        mapping.device.posted_time_ns = time_ns
         try:
-            await self.write(write.address, write.size, write.value)
+            await self.write(address, size, value)
         finally:
-            device.posted_time_ns = None
+            mapping.device.posted_time_ns = None
 
     def _resolve(self, address: int, size: int) -> _Target:
         mapping = self.find(address)

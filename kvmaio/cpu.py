@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import attrs
 
@@ -166,16 +166,15 @@ class EntryResult(enum.Enum):
     """The time limit ended it; the run page is stale."""
 
 
-@attrs.define  # not frozen: that would more than double the time that making one takes
-class PostedWrite:
+class PostedWrite(NamedTuple):
     """A write that the CPU model batched because the device needs no exit for it."""
 
-    is_pio: bool
     address: int
-    size: int
     value: int
-    time_ns: int | None = None
-    """When the guest made it (CLOCK_MONOTONIC); None where nobody looked."""
+    time_ns: int
+    """When the guest made it (CLOCK_MONOTONIC); 0 where nobody looked."""
+    size: int
+    is_pio: bool
 
 
 class CpuModel(Protocol):

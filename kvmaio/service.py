@@ -98,11 +98,15 @@ class Service:
         before the writes that put it there; that it may come late is its nature.
         """
         async with lock:
-            for write in self._vcpu.model.posted():
+            for address, value, time_ns, size, is_pio in self._vcpu.model.posted():
                 self._stats.numCoalescedMMIO += 1
-                pending = (self._pio if write.is_pio else self._mmio).begin_posted(write)
-                if pending is not None:
-                    await pending
+                bus = self._pio if is_pio else self._mmio
+                if time_ns:
+                    await bus.write_stamped(address, size, value, time_ns)
+                else:
+                    pending = bus.begin_write(address, size, value)
+                    if pending is not None:
+                        await pending
             if self._vcpu.model.ring_doorbells():
                 await asyncio.sleep(0)  # the device's task hears of it before what comes next
 

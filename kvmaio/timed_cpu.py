@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import attrs
-
 from .arrival import Arrival
 from .cpu import Context, CpuModel, CpuState, EntryResult, PostedWrite
 from .errors import ConfigurationError, KvmaioError
@@ -244,8 +242,8 @@ class TimedCpu:
     def posted(self) -> Iterator[PostedWrite]:
         """The model's; its times are by the host's clock, and become guest time."""
         for write in self.model.posted():
-            if write.time_ns is not None:
-                write = attrs.evolve(write, time_ns=self._guest_time(write.time_ns))
+            if write.time_ns:
+                write = write._replace(time_ns=self._guest_time(write.time_ns))
             yield write
 
     def _guest_time(self, wall_ns: int) -> int:

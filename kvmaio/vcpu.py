@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import enum
-import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 

@@ -88,19 +88,19 @@ int kvmaio_fast_has_posted(kvmaio_fast *fast)
 		       __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE);
 }
 
-int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out)
+int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out, int capacity)
 {
 	int taken = 0;
 	pthread_mutex_lock(&fast->lock);
 	move_ring(fast);
-	if (fast->head != fast->tail) {
-		*out = fast->queue[fast->tail % KVMAIO_FAST_QUEUE];
+	if (fast->head != fast->tail)
 		__atomic_store_n(&fast->serving, 1, __ATOMIC_RELEASE);
+	for (; taken < capacity && fast->head != fast->tail; taken++) {
+		out[taken] = fast->queue[fast->tail % KVMAIO_FAST_QUEUE];
 		__atomic_store_n(&fast->tail, fast->tail + 1, __ATOMIC_RELEASE);
-		taken = 1;
-	} else {
-		__atomic_store_n(&fast->serving, 0, __ATOMIC_RELEASE);
 	}
+	if (!taken)
+		__atomic_store_n(&fast->serving, 0, __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&fast->lock);
 	return taken;
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,11 @@ __all__ = ["FastPaths"]
 
 MOST_DOORBELLS = 32
 
+BATCH = 64
+"""Posted writes taken from C at a time."""
+
+_ENTRY = struct.Struct("<QQqI?xxx")  # kvmaio_posted
+
 
 class FastPaths:
     """What devices declared as posted, shared or doorbell, told to KVM and to the C core."""
@@ -30,7 +37,8 @@ class FastPaths:
         ring_page = vm.capability(lib.KVM_CAP_COALESCED_MMIO)
         check(lib.kvmaio_fast_create(cpus[0].page, ring_page * 4096, out), "calloc")
         self._handle = out[0]
-        self._entry = ffi.new("kvmaio_posted *")
+        self._entries = ffi.new("kvmaio_posted[]", BATCH)
+        self._taken: deque[PostedWrite] = deque()  # their devices have not had them yet
         self._counts = ffi.new("uint64_t[]", MOST_DOORBELLS)
         self._cells: list[Any] = []
         self._rings: list[tuple[int, Callable[[int], None]]] = []
@@ -82,15 +90,21 @@ class FastPaths:
 
     def has_posted(self) -> bool:
         """Do writes or rings wait?"""
-        return bool(self._rings) or bool(lib.kvmaio_fast_has_posted(self._handle))
+        return (
+            bool(self._rings) or bool(self._taken) or bool(lib.kvmaio_fast_has_posted(self._handle))
+        )
 
     def posted(self) -> Iterator[PostedWrite]:
         """Take the batched writes, oldest first."""
-        entry = self._entry
-        while lib.kvmaio_fast_take(self._handle, entry):
-            yield PostedWrite(
-                bool(entry.is_pio), entry.address, entry.size, entry.value, entry.time_ns or None
-            )
+        taken = self._taken
+        while True:
+            while taken:
+                yield taken.popleft()
+            count = lib.kvmaio_fast_take(self._handle, self._entries, BATCH)
+            if not count:
+                return
+            entries = ffi.buffer(self._entries, count * _ENTRY.size)
+            taken.extend(map(PostedWrite._make, _ENTRY.iter_unpack(entries)))
 
     def ring_doorbells(self) -> bool:
         """Deliver what the doorbells counted; was there anything?"""

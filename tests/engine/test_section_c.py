@@ -590,7 +590,7 @@ async def test_coalesced_writes_then_the_exit_when_a_handler_suspends(monkeypatc
             order.append(value)
 
     def batch_then_exit(cpu):
-        cpu.batch.extend(PostedWrite(False, MMIO, 4, n) for n in (1, 2, 3))
+        cpu.batch.extend(PostedWrite(MMIO, n, 0, 4, False) for n in (1, 2, 3))
         return mmio_write(MMIO, 4, 4)(cpu)
 
     async with scripted_machine(monkeypatch, ScriptedCpu(batch_then_exit, halt())) as machine:
