@@ -96,7 +96,7 @@ async def test_a_native_vcpu_is_charged_the_cycles_that_were_counted(boot, monke
     async with deadline():
         exit_ = await vcpu.run(20 * MS)
     counted, worked_ns = vcpu.model.handle.executed_cycles, vcpu.model.handle.executed_ns
-    assert 0 < worked_ns <= counted + 50_000
+    assert worked_ns // 2 < counted < worked_ns * 2
     assert exit_.ticks == counted * 2
 
 
