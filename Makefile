@@ -41,7 +41,7 @@ lint: venv
 test-svm: venv
 	tools/svmlab setup
 	tools/svmlab run --verbose --timeout 1800 -- \
-	    $(BIN)/pytest -m "not slow" --timeout 600 $(PYTEST)
+	    $(BIN)/pytest -m "kvm and not slow" --timeout 600 $(PYTEST)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
