@@ -521,7 +521,9 @@ class VCpu:
         if self._begun:
             self._exit_due = False
         if self._state is PENDING:
-            self._state = COMPLETION
+            self._state = SERVICE if self._exit_due else COMPLETION
+        elif self._state is SERVICE and not self._exit_due:
+            self._state = RUNNING  # a hypercall; an access has left the state before
 
     def _fail(self, error: Exception) -> None:
         if self._state is not IDLE and self._exit_due:

@@ -316,6 +316,7 @@ async def test_hypercall_that_ends_the_run_is_served(monkeypatch):
         machine.hypercall = end
         async with deadline():
             assert await machine.run() == Stopped("by hypercall")
+            assert machine.vcpus[0].state is VCpuState.RUNNING
             assert await machine.run() == Halted()
 
 
