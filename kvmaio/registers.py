@@ -63,10 +63,43 @@ class Register(Generic[T]):
         ConfigurationError: an impossible offset, width or reset value.
     """
 
+    @overload
+    def __init__(
+        self: Register[Doorbell],
+        offset: int,
+        type: Callable[[int], int] = int,
+        access: Access = Access.RW,
+        *,
+        bits: int = 8,
+        doorbell: Literal[True],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Register[int],
+        offset: int,
+        *,
+        access: Access = Access.RW,
+        bits: int = 8,
+        reset: int = 0,
+        posted: bool | Literal["timed"] = False,
+        when: Callable[[Any], bool] | None = None,
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         offset: int,
-        type: Callable[[int], T] = int,  # type: ignore[assignment]
+        type: Callable[[int], T],
+        access: Access = Access.RW,
+        *,
+        bits: int = 8,
+        reset: int = 0,
+        posted: bool | Literal["timed"] = False,
+        when: Callable[[Any], bool] | None = None,
+    ) -> None: ...
+    def __init__(
+        self,
+        offset: int,
+        type: Callable[[int], Any] = int,
         access: Access = Access.RW,
         *,
         bits: int = 8,

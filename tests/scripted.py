@@ -261,6 +261,9 @@ class ScriptedCpu:
     def nmi(self) -> None:
         self.log.append("nmi")
 
+    def is_waiting(self) -> bool:
+        return False
+
     def has_posted(self) -> bool:
         return bool(self.batch)
 

@@ -26,11 +26,11 @@ HLT = b"\xf4"
 class Recorder(Device):
     """Writes down what reaches it; `last` follows every write, for the guest to read back."""
 
-    posted = Register(POSTED, posted=True)
-    timed = Register(TIMED, posted="timed")
-    bell = Register(BELL, doorbell=True)
-    last = SharedRegister(SHARED, reset=0xFF)
-    plain = Register(PLAIN)
+    posted = Register(POSTED, int, posted=True)
+    timed = Register(TIMED, int, posted="timed")
+    bell = Register(BELL, int, doorbell=True)
+    last = SharedRegister(SHARED, int, reset=0xFF)
+    plain = Register(PLAIN, int)
 
     def __init__(self) -> None:
         self.log: list[tuple[str, int]] = []
@@ -99,7 +99,7 @@ OPERATIONS = st.lists(
 def test_nothing_is_reordered(operations):
     """Random interleavings: the device sees the guest's program order."""
     code = b""
-    expected_reads = []
+    expected_reads: list[int] = []
     last = 0xFF
     for kind, value in operations:
         if kind in ("read", "read shared"):

@@ -581,7 +581,7 @@ async def test_coalesced_mmio_reaches_its_device_without_any_exit(boot):
 
 async def test_coalesced_writes_then_the_exit_when_a_handler_suspends(monkeypatch):
     """Scripted: the batch is served whole, in order, before its exit."""
-    order = []
+    order, states = [], []
 
     class Slow(Device):
         size = 16
@@ -589,6 +589,7 @@ async def test_coalesced_writes_then_the_exit_when_a_handler_suspends(monkeypatc
         async def write(self, offset, size, value):
             await asyncio.sleep(0)
             order.append(value)
+            states.append(machine.vcpus[0].state)
 
     def batch_then_exit(cpu):
         cpu.batch.extend(PostedWrite(MMIO, n, 0, 4, False) for n in (1, 2, 3))
@@ -600,6 +601,7 @@ async def test_coalesced_writes_then_the_exit_when_a_handler_suspends(monkeypatc
         async with deadline():
             assert await machine.run() == Halted()
         assert order == [1, 2, 3, 4]
+        assert states == [VCpuState.RUNNING_MMIO_PENDING] * 4
 
 
 # ---- Timing MMIO ------------------------------------------------------------------------------
