@@ -19,6 +19,7 @@ from .exits import (
     Stopped,
     SystemEventExit,
 )
+from .suspension import Suspended, drive
 
 if TYPE_CHECKING:
     from .vcpu import VCpu
@@ -115,7 +116,9 @@ class Service:
         await self.flush(lock)
         pending = self.begin()
         if pending is not None:
-            await pending
+            rest = drive(pending)
+            if isinstance(rest, Suspended):
+                await self._vcpu.finish_service(rest)  # a wait of its own, with its own state
 
     # ---- accesses -----------------------------------------------------------------
 
@@ -241,7 +244,7 @@ class Service:
         return format_context(self._vcpu.context)
 
     def describe_exit(self) -> str:
-        """The exit in words, such as ``a write of 1 byte at pio 0x3f8``."""
+        """The exit in words, such as ``a write to pio 0x3f8 (1 bytes)``."""
         reason = self._page.exit_reason
         if reason == Reason.IO:
             kind = "a write to" if self._io.direction else "a read from"

@@ -348,7 +348,7 @@ class VCpu:
                         if pending is not None:
                             rest = drive(pending)
                             if isinstance(rest, Suspended):
-                                await self._finish_service(rest)
+                                await self.finish_service(rest)
                         self._exit_due = False
                         if self._state is SERVICE:
                             self._state = RUNNING
@@ -477,7 +477,7 @@ class VCpu:
                 return self._service.posted_first(owner.posted_lock)
         return self._service.begin()
 
-    async def _finish_service(self, rest: Suspended[None]) -> None:
+    async def finish_service(self, rest: Suspended[None]) -> None:
         """Wait for a handler that has suspended."""
         before = self._state
         if before is not IDLE:
