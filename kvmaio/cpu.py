@@ -244,6 +244,9 @@ class CpuModel(Protocol):
     def wait_for_sipi(self) -> None:
         """Be an application processor that nobody has started; only with `has_lapic`."""
 
+    def start(self) -> None:
+        """Be one that a start-up IPI has started; only with `has_lapic`."""
+
     def interrupt(self, vector: int) -> None:
         """Inject an external interrupt; only when the page says that the guest is ready."""
 

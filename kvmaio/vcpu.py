@@ -330,6 +330,8 @@ class VCpu:
         context.cs.selector = vector << 8
         context.cs.base = vector << 12
         context.rip = 0
+        if self.model.has_lapic:
+            self.model.start()  # or KVM goes on waiting for an IPI of its own local APICs
         self.activate()
 
     # ---- what the machine uses ------------------------------------------------------

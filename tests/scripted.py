@@ -254,6 +254,9 @@ class ScriptedCpu:
     def wait_for_sipi(self) -> None:
         self.log.append("wait_for_sipi")
 
+    def start(self) -> None:
+        self.log.append("start")
+
     def interrupt(self, vector: int) -> None:
         self.log.append(f"interrupt {vector:#x}")
         self.injected.append(vector)
@@ -309,9 +312,6 @@ class ScriptedPlatform:
 
     def irq_sink(self, number: int) -> None:
         return None
-
-    def coalesce(self, address: int, size: int, is_pio: bool) -> None:
-        pass
 
     def close(self) -> None:
         pass

@@ -277,6 +277,10 @@ class KvmCpu:
         """Enter no guest code until the local APIC has had INIT and SIPI."""
         state.set_mp_state(self.fd, lib.KVM_MP_STATE_UNINITIALIZED)
 
+    def start(self) -> None:
+        """Enter guest code, as after a start-up IPI."""
+        state.set_mp_state(self.fd, lib.KVM_MP_STATE_RUNNABLE)
+
     def interrupt(self, vector: int) -> None:
         if self.has_lapic:
             # KVM_INTERRUPT is refused beside KVM's own local APIC: go through that, as an MSI.

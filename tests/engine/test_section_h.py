@@ -187,6 +187,20 @@ async def test_init_and_sipi_start_at_vector_shifted_by_12(boot):
 
 
 @pytest.mark.kvm
+async def test_init_and_sipi_by_hand_of_an_application_processor(boot):
+    """It has a local APIC of KVM's, which would wait for an IPI of another one."""
+    machine = boot("mov al, 1", "out 0xf4, al", address=0x9000, vcpus=2)
+    boot_cpu, other = machine.vcpus
+    boot_cpu.activate()
+    boot_cpu.suspend()
+    other.init()
+    other.start_up(9)
+    async with deadline():
+        assert (await machine.run()).code == 3
+    assert (boot_cpu.stats.numVMExits, other.context.cs.base) == (0, 0x9000)
+
+
+@pytest.mark.kvm
 async def test_sipi_needs_a_vector_and_a_vcpu_that_waits(boot):
     machine = boot("hlt")
     (vcpu,) = machine.vcpus
