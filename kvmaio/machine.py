@@ -16,7 +16,7 @@ from .bus import Bus, Unmapped
 from .clock import LoopClock
 from .declared_paths import DeclaredPaths
 from .device import Device
-from .errors import ConfigurationError, HostError
+from .errors import ConfigurationError, GuestError, HostError
 from .exits import EndRun, Halted, Outcome, Shutdown, Stopped, VmExit
 from .irq import IrqLine
 from .memory import GuestMemory, parse_size
@@ -344,8 +344,10 @@ class Machine:
         """
         platform = self._opened()
         self._check_not_running("load an image")
+        for vcpu in self.vcpus:
+            vcpu.check_loadable()
         state = image.place(self.memory)
-        if isinstance(self._ending, Outcome):
+        if isinstance(self._ending, Outcome | GuestError):
             self._ending = None  # it was the previous guest's
         self._fault_frame = state.fault_frame
         if state.platform == "pc":

@@ -412,10 +412,14 @@ class VCpu:
         if self.index and self.model.has_lapic:
             self.model.wait_for_sipi()  # also one that a guest before this one has started
 
-    def load(self, context: Context) -> None:
-        """Take over `context` whole; the vCPU is fresh and idle."""
+    def check_loadable(self) -> None:
+        """Raise ConfigurationError if its registers cannot be replaced now."""
         self._must_be_outside("a load")
         self._must_be_answered("be loaded or reset")
+
+    def load(self, context: Context) -> None:
+        """Take over `context` whole; the vCPU is fresh and idle."""
+        self.check_loadable()
         self._exit_due = self._begun = False
         self._entry.abandon_access()
         self._registers.replace(context)

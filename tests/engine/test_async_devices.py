@@ -10,7 +10,7 @@ import pytest
 
 from kvmaio import Device, Exited, Halted, Outcome, Register, Stopped, UnmappedAccess, VCpuState
 from kvmaio.boot import Flat
-from kvmaio.errors import ConfigurationError
+from kvmaio.errors import ConfigurationError, GuestError
 from kvmaio.exits import IoExit
 from tests.engine.support import LAB, Diary, deadline, open_files, threads, until
 from tests.engine.test_section_a import SPIN
@@ -238,6 +238,10 @@ async def test_stepping_and_loading_are_refused_while_the_handler_waits(boot):
             await vcpu.run()
         with pytest.raises(ConfigurationError, match="a device has not answered"):
             vcpu.reset_registers()
+        before = machine.memory.read(0x1000, 4)
+        with pytest.raises(ConfigurationError, match="a device has not answered"):
+            machine.load(Flat(b"\xf4\xf4\xf4\xf4", 0x1000))
+        assert machine.memory.read(0x1000, 4) == before
 
 
 @pytest.mark.kvm
@@ -259,13 +263,14 @@ async def test_an_outcome_at_the_moment_of_cancelling_is_kept(boot):
 
 
 @pytest.mark.kvm
-async def test_an_outcome_kept_is_not_the_next_guests(boot):
+@pytest.mark.parametrize("ending", [Stopped("of the first"), GuestError("of the first")], ids=repr)
+async def test_an_ending_kept_is_not_the_next_guests(boot, ending):
     machine = boot("out 0x10, al", "hlt")
     runs: list[asyncio.Task[Outcome]] = []
 
     def cancel():
         runs[0].cancel()
-        machine._end(Stopped("of the first"))
+        machine._end(ending)
 
     machine.attach(Diary(during=cancel), pio=0x10)
     async with deadline():
