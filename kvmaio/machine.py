@@ -194,6 +194,8 @@ class Machine:
                 "end the run with stop()"
             )
         self._closed = True
+        if isinstance(self._ending, BaseException) and not self._run_active:
+            _log.error("%s is closed, and no run() has raised this:", self, exc_info=self._ending)
         self._end(Stopped("closed"))
         try:
             await self._settle()

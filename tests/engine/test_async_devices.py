@@ -374,6 +374,31 @@ async def test_an_error_of_a_devices_run_comes_out_of_run_with_a_note(boot):
 
 
 @pytest.mark.kvm
+async def test_an_error_of_a_devices_run_that_no_run_raises_is_logged(boot, caplog):
+    machine = boot("hlt")
+    broken = machine.attach(BrokenLater(), pio=0x10)
+    async with deadline():
+        assert await machine.run() == Halted()
+        broken.go.set()
+        await until(lambda: machine._ending is not None)
+        await machine.close()
+    (record,) = caplog.records
+    assert "no run() has raised this" in record.getMessage()
+    assert "broken later" in str(record.exc_info[1])
+
+
+class BrokenLater(Device):
+    size = 1
+
+    def __init__(self):
+        self.go = asyncio.Event()
+
+    async def run(self):
+        await self.go.wait()
+        raise LookupError("broken later")
+
+
+@pytest.mark.kvm
 async def test_an_unmapped_access_names_it(boot):
     machine = boot("mov al, 7", "out 0x77, al", "hlt")
     async with deadline():
