@@ -18,7 +18,6 @@ from .vm import KvmVm
 
 __all__ = ["KvmPlatform"]
 
-ISA_LINES = 16
 GSIS = 24  # the pins of KVM's IOAPIC
 
 
