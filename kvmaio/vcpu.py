@@ -204,6 +204,8 @@ class VCpu:
         limit_ns = self._entry.limit_ns(ticks)
         self.was_stepped = True
         self._exit_due = False
+        if self._state is SERVICE:
+            self._state = RUNNING  # passed over, even if the host then refuses the entry
         result = await self._entry.enter(limit_ns)
         events = self._entry.events
         if events is not None:

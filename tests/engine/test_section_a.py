@@ -141,6 +141,20 @@ async def test_suspend_context_from_running_service_completion(boot):
 
 
 @pytest.mark.kvm
+async def test_suspend_context_after_a_refused_entry_by_hand(boot):
+    """The exit before it was passed over: nobody is going to serve it."""
+    machine = boot("out 0x10, al", "hlt")
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        assert type(await vcpu.run()) is IoExit
+        vcpu.context.rflags = 1 << 64
+        with pytest.raises(ConfigurationError, match="rflags = "):
+            await vcpu.run()
+    vcpu.suspend()
+    assert vcpu.state is VCpuState.IDLE
+
+
+@pytest.mark.kvm
 async def test_suspend_context_ends_the_entry_under_way(boot):
     machine = boot(*SPIN)
     (vcpu,) = machine.vcpus
