@@ -183,10 +183,6 @@ class Register(Generic[T]):
         except ValueError:
             return value
 
-    def is_present(self, device: object) -> bool:
-        """Is the register there at this moment (`when`)?"""
-        return self.when is None or self.when(device)
-
     def read(self, device: object) -> int | Awaitable[int]:
         """The guest reads the whole register."""
         if self.access is Access.W or self.doorbell:
