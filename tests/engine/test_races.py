@@ -232,7 +232,7 @@ async def test_races_of_close(part):
         async with deadline(20):
             machine = Machine(memory="64K")
             await machine.__aenter__()
-            counter = machine.attach(Counter(rng, (0.0, 0.5)[part]), pio=0x10)
+            machine.attach(Counter(rng, (0.0, 0.5)[part]), pio=0x10)
             machine.load(Flat(code, 0x1000))
             run = asyncio.create_task(machine.run())
             await a_moment(rng)
