@@ -33,6 +33,20 @@ TIMED_OUT = 124
 PR_SET_PDEATHSIG = 1
 
 
+# A VM that lives as long as the lab. KVM switches branches of the running kernel on with the
+# first VM or vCPU and off with the last; where code is changed under the feet of another
+# processor, QEMU's emulation now and then runs half of the old: "Oops: int3", or a freeze.
+KEEPER = """
+import fcntl, os, time
+KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE01, 0xAE41
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+vcpu = fcntl.ioctl(vm, KVM_CREATE_VCPU, 0)
+if os.fork() == 0:
+    time.sleep(1 << 30)
+"""
+
+
 @dataclass
 class Lab:
     """What the lab is to be, and what it is to run."""
@@ -96,7 +110,8 @@ class Lab:
         variables = inherited | dict(self.variables) | {"SVMLAB": "1"}
         exports = [f"export {name}={shlex.quote(v)}" for name, v in sorted(variables.items())]
         enter = f"cd {shlex.quote(str(self.project))} || exit 125"
-        return "\n".join([*exports, enter, f"exec {shlex.join(self.command)}", ""])
+        keeper = f"{shlex.join([sys.executable, '-c', KEEPER])} </dev/null >/dev/null 2>&1"
+        return "\n".join([*exports, keeper, enter, f"exec {shlex.join(self.command)}", ""])
 
     def qemu_arguments(self) -> Iterator[str]:
         yield from ("-name", "svmlab", "-no-user-config", "-nodefaults", "-display", "none")
