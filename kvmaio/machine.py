@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -217,10 +218,14 @@ class Machine:
                     elif not task.cancelled():
                         task.exception()  # seen
             finally:
-                self._close_cpus()
-                self._platform.close()
-                self.memory.close()
-                await self._close_devices()
+                try:
+                    # A vCPU that is stuck in its guest keeps what it runs on: nothing below
+                    # may be taken from under it.
+                    self._close_cpus()
+                    self._platform.close()
+                    self.memory.close()
+                finally:
+                    await self._close_devices()
 
     async def _close_devices(self) -> None:
         """All of them, also where one fails; the first failure is raised at the end."""
@@ -232,8 +237,10 @@ class Machine:
                 raise result
 
     def _close_cpus(self) -> None:
-        for vcpu in self.vcpus:
-            vcpu.close()
+        """All of them, also where one fails; the last failure is raised at the end."""
+        with contextlib.ExitStack() as stack:
+            for vcpu in self.vcpus:
+                stack.callback(vcpu.close)
 
     def _make_vcpu(self, model: CpuModel) -> VCpu:
         vcpu = VCpu(

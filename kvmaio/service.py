@@ -244,15 +244,19 @@ class Service:
         return format_context(self._vcpu.context)
 
     def describe_exit(self) -> str:
-        """The exit in words, such as ``a write to pio 0x3f8 (1 bytes)``."""
+        """The exit in words, such as ``a write to pio 0x3f8 (1 byte)``."""
         reason = self._page.exit_reason
         if reason == Reason.IO:
             kind = "a write to" if self._io.direction else "a read from"
-            return f"{kind} pio {self._io.port:#x} ({self._io.size} bytes)"
+            return f"{kind} pio {self._io.port:#x} ({_bytes(self._io.size)})"
         if reason == Reason.MMIO:
             kind = "a write to" if self._mmio_part.is_write else "a read from"
-            return f"{kind} mmio {self._mmio_part.phys_addr:#x} ({self._mmio_part.len} bytes)"
+            return f"{kind} mmio {self._mmio_part.phys_addr:#x} ({_bytes(self._mmio_part.len)})"
         return str(self._vcpu.last_exit())
+
+
+def _bytes(count: int) -> str:
+    return "1 byte" if count == 1 else f"{count} bytes"
 
 
 _WORD = (1 << 64) - 1

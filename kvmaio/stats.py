@@ -63,7 +63,7 @@ class CpuStatistics(Statistics):
     numExitSignal: int = stat("Count", "exits that a kick or a timer caused")
     numMMIO: int = stat("Count", "exits for memory-mapped I/O")
     numCoalescedMMIO: int = stat(
-        "Count", "writes that KVM batched in its ring, memory-mapped or port"
+        "Count", "writes that were batched, by KVM or by the C core, memory-mapped or port"
     )
     numIO: int = stat("Count", "exits for port I/O")
     numHalt: int = stat("Count", "exits for HLT")

@@ -151,6 +151,7 @@ class VCpu:
         self._registers = self._entry.registers
         self.interrupts = self._entry.interrupts
         self._fresh = True  # never activated since reset
+        self._suspended = False
         self._idle_since_ns = clock.now_ns
         self._closed = False
         self._allowed = False  # the machine is running
@@ -237,7 +238,7 @@ class VCpu:
             raise ConfigurationError(f"{self.name} is {self._state.value}, not Idle: it is active")
         idle_ns = self._clock.now_ns - self._idle_since_ns
         self.stats.numCycles += idle_ns * self._clock_hz // 1_000_000_000
-        self._fresh = self.halted = False
+        self._fresh = self._suspended = self.halted = False
         self._state = SERVICE if self._exit_due else RUNNING
         self._wake.set()
 
@@ -257,6 +258,7 @@ class VCpu:
                 f"cannot suspend {self.name} in {self._state.value}; wait until its exit is served"
             )
         self._become_idle()
+        self._suspended = True
         self.model.kick_run()
 
     deallocate = suspend
@@ -313,8 +315,8 @@ class VCpu:
     def init(self) -> None:
         """INIT: reset the registers and wait for a start-up IPI (SDM vol. 3A, 9.4)."""
         self._must_be_outside("INIT")
-        self.interrupts.clear()
         self.reset_registers()
+        self.interrupts.clear()
         self._fresh = False  # only the start-up IPI activates it
 
     def start_up(self, vector: int) -> None:
@@ -388,7 +390,8 @@ class VCpu:
     @property
     def can_wake(self) -> bool:
         """Idle, but something may still wake it: it takes interrupts, or was suspended."""
-        return not self.halted or self.interrupts.nmi or self._entry.takes_interrupts
+        halted = self.halted and not self._suspended
+        return not halted or self.interrupts.nmi or self._entry.takes_interrupts
 
     @property
     def is_closed(self) -> bool:
@@ -427,7 +430,7 @@ class VCpu:
         self._registers.replace(context)
         self._become_idle()
         self._fresh = True
-        self.halted = False
+        self.halted = self._suspended = False
         if self._entry.events is not None:
             self._entry.events.reset()
 
@@ -517,6 +520,8 @@ class VCpu:
         The time until then counts as cycles, as does any idle time.
         """
         self.halted = True
+        if self._suspended:
+            return  # an interrupt does not end that; activate() does
         if self._state is not IDLE:
             self._become_idle()
         if self.interrupts.nmi or (self.interrupts.maskable and self.can_wake):
@@ -573,7 +578,7 @@ class VCpu:
         if self._closed:
             return  # a device's timer may outlive the machine
         if self.halted and self._state is IDLE:
-            if self.can_wake:
+            if self.can_wake and not self._suspended:
                 self.activate()
         else:
             self.model.kick_run()

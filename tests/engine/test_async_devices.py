@@ -354,7 +354,7 @@ async def test_an_error_of_a_device_comes_out_of_run_bare_with_a_note(boot, wher
         with pytest.raises(LookupError, match="broken on purpose") as caught:
             await machine.run()
         (note,) = caught.value.__notes__
-        assert "while cpu0 waited for a write to pio 0x10 (1 bytes)" in note
+        assert "while cpu0 waited for a write to pio 0x10 (1 byte)" in note
         assert "rip" in note and "1234" in note
         # The access was not served: once the device is repaired, it is.
         device.where = None

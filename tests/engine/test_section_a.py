@@ -371,3 +371,17 @@ async def test_kick_ends_a_spinning_guest_from_another_thread(boot):
         await until(lambda: vcpu.inside)
         await asyncio.to_thread(vcpu.kick)
         assert type(await run) is InterruptedExit
+
+
+@pytest.mark.kvm
+async def test_suspend_outlasts_a_halt_that_was_under_way(boot):
+    """An entry that suspend() ends may end in HLT: an interrupt is no reason to go on then."""
+    machine = boot("hlt")
+    vcpu = machine.vcpus[0]
+    vcpu.activate()
+    vcpu.suspend()
+    vcpu.halt()  # what the service of that exit does
+    await vcpu.interrupt(0x20)
+    assert (vcpu.state, vcpu.can_wake) == (VCpuState.IDLE, True)
+    vcpu.activate()
+    assert (vcpu.state, vcpu.halted) == (VCpuState.RUNNING, False)
