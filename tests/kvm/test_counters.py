@@ -1,6 +1,7 @@
 """Performance counters: real ones where this host has them, else a stand-in that says so."""
 
 import errno
+import mmap
 import os
 import resource
 import signal
@@ -145,16 +146,17 @@ def test_a_group_starts_and_stops_as_one():
         Counter(CounterConfig(TASK_CLOCK)).attach() as leader,
         Counter(CounterConfig(PAGE_FAULTS, disabled=False)).attach(group=leader) as member,
     ):
-        touched = bytearray(1 << 22)
-        assert (leader.read(), member.read()) == (0, 0)
-        leader.enable()
-        touched = bytearray(b"x" * (1 << 22))
-        leader.disable()
+        # Fresh pages: an allocator could hand out memory that has been touched before.
+        with mmap.mmap(-1, 1 << 22) as fresh:
+            assert (leader.read(), member.read()) == (0, 0)
+            leader.enable()
+            fresh.write(b"x" * len(fresh))
+            leader.disable()
         faults = member.read()
         assert faults is not None and faults > 0 and leader.read()
-        touched = bytearray(b"y" * (1 << 22))
+        with mmap.mmap(-1, 1 << 22) as uncounted:
+            uncounted.write(b"y" * len(uncounted))
         assert member.read() == faults
-        del touched
 
 
 @needs_events
