@@ -287,7 +287,7 @@ class VCpu:
         at once.
 
         Under KVM without an instruction counter the guest is single-stepped until
-        then, at some 10,000 instructions a second; a kick and an entry that is
+        then, at some 5,000 instructions a second; a kick and an entry that is
         interrupted lose nothing. Exact on PVM in its emulated modes. With VMX and SVM
         the trap flag shows in what the guest pushes of RFLAGS, a page fault's handler
         goes uncounted, and a count between MOV SS and the instruction behind it comes
