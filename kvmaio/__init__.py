@@ -8,6 +8,7 @@ How the package is laid out, in the order in which one may want to read it:
 `bus`               from an address to a device
 `memory`            the guest's RAM and ROM
 `vcpu`              the state machine of a virtual CPU and its run loop
+`drain`             everything in flight brought to rest, as a barrier to await
 `entry`             into the guest and back: sync, inject, run, account
 `service`           from an exit to whoever answers it; `exits` names the reasons
 `simulation`        the event loop as the simulator's event queue; `clock` reads it
@@ -24,9 +25,11 @@ from .bus import Bus, Unmapped
 from .cpu import Context, CpuState
 from .device import Device
 from .doorbell import Doorbell
+from .drain import drained
 from .errors import (
     CheckpointError,
     ConfigurationError,
+    DrainTimeout,
     EmulationFailure,
     GuestError,
     HostError,
@@ -51,6 +54,7 @@ __all__ = [
     "CpuState",
     "Device",
     "Doorbell",
+    "DrainTimeout",
     "EmulationFailure",
     "EndRun",
     "Exited",
@@ -73,6 +77,7 @@ __all__ = [
     "VCpuState",
     "VmExit",
     "current_vcpu",
+    "drained",
     "real_time",
     "run",
 ]

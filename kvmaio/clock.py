@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import Any, Protocol
+
+from .errors import ConfigurationError
 
 __all__ = ["Alarm", "Clock", "LoopClock", "StoppedClock"]
 
@@ -28,11 +30,17 @@ class Clock(Protocol):
     def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
         """Call `callback` at about `deadline_ns`; it may come a little early."""
 
+    def of_loop(self, loop_ns: int) -> int:
+        """By this clock, what the event loop's own nanoseconds are."""
+
 
 class StoppedClock:
     """The clock of a device that is attached to nothing: time 0 for ever."""
 
     now_ns = 0
+
+    def of_loop(self, loop_ns: int) -> int:
+        return loop_ns
 
     def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
         return _Never()
@@ -52,6 +60,7 @@ class LoopClock:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._offset_ns = 0
         # Both asyncio's and uvloop's time is CLOCK_MONOTONIC, but uvloop's is a cached number
         # of milliseconds. A loop with a time of its own has `time_ns`.
         self._time_ns: Callable[[], int] = getattr(loop, "time_ns", time.monotonic_ns)
@@ -60,12 +69,20 @@ class LoopClock:
 
     @property
     def now_ns(self) -> int:
-        return self._time_ns()
+        return self._time_ns() + self._offset_ns
 
     def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
+        deadline_ns -= self._offset_ns
         if self._call_at_ns is not None:
             return self._call_at_ns(deadline_ns, callback)
         return self._loop.call_at(deadline_ns / 1e9, callback)
+
+    def set(self, now_ns: int) -> None:
+        """Have it be `now_ns` now, as in a checkpoint; callbacks that wait keep their instants."""
+        self._offset_ns = now_ns - self._time_ns()
+
+    def of_loop(self, loop_ns: int) -> int:
+        return loop_ns + self._offset_ns
 
 
 class Alarm:
@@ -88,6 +105,7 @@ class Alarm:
         self._clock: Clock = clock or StoppedClock()
         self._timer: Cancellable | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._held = False
 
     def arm(self, deadline_ns: int) -> None:
         """Ring once at `deadline_ns` guest time; a past deadline rings at once.
@@ -96,7 +114,8 @@ class Alarm:
         """
         self.disarm()
         self.deadline_ns = deadline_ns
-        self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
+        if not self._held:
+            self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
 
     def disarm(self) -> None:
         """Forget the deadline, if there is one."""
@@ -109,6 +128,30 @@ class Alarm:
         """Forget the deadline, and those that rang but were not heard yet."""
         self.disarm()
         self._rung.clear()
+
+    def hold(self, held: bool) -> None:
+        """Do not ring while held; what was due meanwhile rings afterwards."""
+        self._held = held
+        if self.deadline_ns is not None:
+            self.arm(self.deadline_ns)
+
+    def save(self) -> dict[str, object]:
+        """The state for a checkpoint: absolute deadlines, in guest nanoseconds."""
+        return {"deadline_ns": self.deadline_ns, "rung": list(self._rung)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what `save()` gave.
+
+        Raises:
+            ConfigurationError: it is no such thing.
+        """
+        deadline_ns, rung = state.get("deadline_ns"), state.get("rung")
+        if not isinstance(deadline_ns, int | None) or not isinstance(rung, list):
+            raise ConfigurationError(f"{state!r} is no alarm's state")
+        self.reset()
+        self._rung.extend(int(each) for each in rung)
+        if deadline_ns is not None:
+            self.arm(deadline_ns)
 
     def use_clock(self, clock: Clock) -> None:
         """Move to another clock; an armed deadline keeps its value."""

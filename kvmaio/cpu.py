@@ -216,6 +216,9 @@ class CpuModel(Protocol):
     def is_waiting(self) -> bool:
         """Does the guest wait inside of the model, halted or for a start-up IPI?"""
 
+    def has_injected_event(self) -> bool:
+        """Is an exception, interrupt or NMI injected that the guest has not begun to handle?"""
+
     @property
     def executed_ns(self) -> int:
         """Host CPU time of the last entry in nanoseconds."""

@@ -36,6 +36,32 @@ class _Declared:
         self.device.__dict__[self.register.name].ring(count)
 
 
+@attrs.frozen
+class BatchedWrites:
+    """Writes and doorbells on their way to devices, as a participant of a drain."""
+
+    lock: asyncio.Lock
+    flush: Callable[[], Awaitable[None]]
+    has_batched: Callable[[], bool]
+
+    def begin_drain(self) -> None:
+        pass
+
+    def is_drained(self) -> bool:
+        return not self.lock.locked() and not self.has_batched()
+
+    async def settle(self) -> None:
+        async with self.lock:  # somebody else is serving them
+            pass
+        await self.flush()
+
+    def end_drain(self) -> None:
+        pass
+
+    def holding(self) -> str:
+        return "posted writes or doorbells are being served"
+
+
 class DeclaredPaths:
     """One machine's.
 
@@ -90,6 +116,12 @@ class DeclaredPaths:
                     await self._flush_now.wait()
             self._flush_now.clear()
             await flush()
+
+    def drain(
+        self, flush: Callable[[], Awaitable[None]], has_batched: Callable[[], bool]
+    ) -> BatchedWrites:
+        """What the batched writes are to a drain (`drain.Participant`)."""
+        return BatchedWrites(self.lock, flush, has_batched)
 
     def _take(self, platform: Platform, declared: _Declared) -> None:
         register, place = declared.register, (declared.address, declared.register.size)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Self
 
 from .clock import Alarm, Clock, StoppedClock
+from .drain import BusySections
 from .errors import ConfigurationError
 from .irq import IrqLine
 from .registers import Access, Register
@@ -32,6 +34,7 @@ class Device:
         irq: the interrupt output.
         clock: guest time, `clock.now_ns`.
         alarm: one deadline; iterate over it in `run()`.
+        busy_sections: those of `busy()` that are open.
     """
 
     size: int = 0
@@ -40,12 +43,14 @@ class Device:
     _writers: ClassVar[dict[int, tuple[Register[Any], ...]]] = {}
 
     posted_time_ns: int | None = None
-    """Set by the bus while a timed posted write is handled; see `write_time_ns`."""
+    """Set by the bus while a timed posted write is handled, by the loop's time; see
+    `write_time_ns`."""
 
     name: str
     irq: IrqLine
     clock: Clock
     alarm: Alarm
+    busy_sections: BusySections
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -69,6 +74,7 @@ class Device:
         device.irq = IrqLine(f"{device.name}.irq")
         device.clock = StoppedClock()
         device.alarm = Alarm(device.clock)
+        device.busy_sections = BusySections(device)
         for register in cls.registers:
             register.power_on(device)
         return device
@@ -82,7 +88,8 @@ class Device:
 
         For a register posted as ``"timed"`` that is earlier than now.
         """
-        return self.clock.now_ns if self.posted_time_ns is None else self.posted_time_ns
+        posted_ns = self.posted_time_ns
+        return self.clock.now_ns if posted_ns is None else self.clock.of_loop(posted_ns)
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:
         """Answer a read of `size` (1, 2, 4 or 8) bytes at `offset` into the window.
@@ -124,6 +131,19 @@ class Device:
         ends the machine. State belongs in attributes: a coroutine cannot be
         checkpointed, and `run()` may be started from any drained state.
         """
+
+    def busy(self, why: str = "at work") -> AbstractAsyncContextManager[None]:
+        """``async with self.busy("reading a block"):`` what a checkpoint must not cut in two.
+
+        For activities of `run()` or of tasks of the device's own, whose state is not all in
+        attributes meanwhile. A drain waits until they are over, and they wait to begin while
+        the machine is drained. Handlers of accesses need none: they are waited for as it is.
+        Keep it short: not around a wait for the guest, which runs no more.
+
+        Args:
+            why: for the message if it takes too long.
+        """
+        return self.busy_sections.section(why)
 
     async def close(self) -> None:
         """Give back what the device has opened; called once when its machine closes."""

@@ -26,6 +26,9 @@ MAX_ACCESS_PIECES = 1 << 16
 
 RFLAGS_IF = 1 << 9
 
+DRAIN_STEP_NS = 1_000_000
+"""How long a draining guest may run at a time to take an event that is injected (gem5's)."""
+
 # Names of the module's own: an enum's member costs a look-up on the hot path.
 _EXIT = EntryResult.EXIT
 _CONTEXT = Newer.CONTEXT
@@ -66,6 +69,7 @@ class Entry:
         self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
+        self._injects = True
         self._leave_waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -88,13 +92,40 @@ class Entry:
         result = self.begin(limit_ns)
         return await self.arrival() if result is None else result
 
+    async def drain(self) -> EntryResult | None:
+        """One step towards rest: how it ended, or None if nothing is left to do.
+
+        Completes a pending access; or lets the guest run a little to take an event
+        that is injected into it already. Injects nothing new.
+        """
+        registers = self.registers
+        if registers.access_pending:
+            if registers.newer is _CONTEXT:
+                result = self._push_registers()
+                return EntryResult.INTERRUPTED if result is None else result
+            result = self.model.half_entry()
+            registers.entered()
+            return self._account(result, half=True)
+        if registers.newer is _CONTEXT:
+            registers.push()
+        if not self.model.has_injected_event():
+            return None
+        self.model.page.request_interrupt_window = 1
+        self.interrupts.window_requested = True  # an ordinary entry takes it back
+        self._injects = False
+        try:
+            begun = self.begin(DRAIN_STEP_NS)
+        finally:
+            self._injects = True
+        return await self.arrival() if begun is None else begun
+
     def begin(self, limit_ns: int | None) -> EntryResult | None:
         """Begin an entry: its result if it is over already, else await `arrival()`."""
         registers = self.registers
         if registers.newer is _CONTEXT or self.interrupts.need_attention:
             result = self._prepare()
             if result is not None:
-                return self._account(result, half=True)
+                return result
         if self.events is not None:
             if self.events.fired:
                 return EntryResult.INTERRUPTED  # who waited has a turn first
@@ -150,21 +181,25 @@ class Entry:
 
     def _prepare(self) -> EntryResult | None:
         """Sync and inject. A result means that completing an access led to another exit."""
-        registers = self.registers
-        if registers.newer is _CONTEXT:
-            if registers.access_pending:
-                # Now, or pushing the registers would lose the data of a pending read.
-                result = self.model.half_entry()
-                if self.events is not None:
-                    result = self.events.after_entry(result)
-                if result is _EXIT:
-                    registers.access_continued()
-                    return _EXIT
-                self._count_half_entry()
-                registers.access_pending = False
-            registers.push()
-        if self.interrupts.need_attention:
+        if self.registers.newer is _CONTEXT and (result := self._push_registers()) is not None:
+            return result
+        if self.interrupts.need_attention and self._injects:
             self._inject()
+        return None
+
+    def _push_registers(self) -> EntryResult | None:
+        registers = self.registers
+        if registers.access_pending:
+            # Completed first, or pushing the registers would lose the data of a pending read.
+            result = self.model.half_entry()
+            if self.events is not None:
+                result = self.events.after_entry(result)
+            if result is _EXIT:
+                registers.access_continued()
+                return self._account(result, half=True, counted=True)
+            self._count_half_entry()
+            registers.access_pending = False
+        registers.push()
         return None
 
     def _inject(self) -> None:
@@ -198,9 +233,9 @@ class Entry:
             return bool(self.model.page.if_flag)
         return bool(self.registers.get().rflags & RFLAGS_IF)
 
-    def _account(self, result: EntryResult, *, half: bool) -> EntryResult:
+    def _account(self, result: EntryResult, *, half: bool, counted: bool = False) -> EntryResult:
         """Book the entry that has just ended; returns its result."""
-        if self.events is not None:
+        if self.events is not None and not counted:
             result = self.events.after_entry(result)
         stats = self.stats
         stats.numVMExits += 1

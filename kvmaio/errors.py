@@ -8,6 +8,7 @@ import os
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "DrainTimeout",
     "EmulationFailure",
     "GuestError",
     "HostError",
@@ -26,6 +27,10 @@ class ConfigurationError(KvmaioError, ValueError):
 
 class CheckpointError(KvmaioError):
     """A checkpoint is damaged, foreign, or does not fit the machine."""
+
+
+class DrainTimeout(KvmaioError, TimeoutError):
+    """A machine did not come to rest in time; the message names what is still under way."""
 
 
 class GuestError(KvmaioError):

@@ -17,6 +17,7 @@ from .bus import Bus, Unmapped
 from .clock import LoopClock
 from .declared_paths import DeclaredPaths
 from .device import Device
+from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained, lower
 from .errors import ConfigurationError, GuestError, HostError
 from .exits import EndRun, Halted, Outcome, Shutdown, Stopped, VmExit
 from .irq import IrqLine
@@ -46,6 +47,9 @@ SETTLE_LIMIT_S = 10.0
 
 FIRST_VECTOR = 0x20
 """Without an interrupt controller, line n injects vector 0x20 + n: the customary set-up."""
+
+_BY_HAND = "drain()"
+"""Who holds the barrier after `drain()`, until `resume()`."""
 
 IRQCHIPS = (None, "kernel", "split", "devices")
 
@@ -79,6 +83,7 @@ class Machine:
         pio, mmio: the two buses.
         vcpus: the virtual CPUs; empty until the machine is entered.
         clock: guest time.
+        barrier: what a drain lowers; for `kvmaio.drained()`.
 
     Raises:
         ConfigurationError: an impossible machine.
@@ -128,7 +133,9 @@ class Machine:
         self._platform: Platform | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self.barrier = Barrier(self)
         self._tasks: list[asyncio.Task[None]] = []
+        self._handler_tasks: list[asyncio.Task[None]] = []  # of these, what serves accesses
         self._has_run = False
         self._fault_frame: int | None = None
         self._delivers = False
@@ -386,6 +393,7 @@ class Machine:
         """
         self._opened()
         self._check_not_running("run the machine")
+        self._check_not_drained("be run")
         for vcpu in self.vcpus:
             if vcpu.inside:
                 raise ConfigurationError(f"{vcpu.name} is being run by hand")
@@ -419,6 +427,88 @@ class Machine:
         if self._run_active:
             self._end(Stopped(reason))
 
+    # ---- draining ----------------------------------------------------------------------
+
+    async def drain(self, timeout: float | None = DRAIN_TIMEOUT_S) -> None:
+        """Bring the machine to rest until `resume()`; see docs/checkpoints.md.
+
+        At rest, every vCPU is Idle, no access, interrupt or batched write is on its way,
+        no device is `busy()` and no alarm rings. A `run()` that is active stays so, and
+        goes on with `resume()`; what ends the guest meanwhile ends it then.
+
+        Args:
+            timeout: in seconds of the loop's time; None waits for ever.
+
+        Raises:
+            DrainTimeout: something did not come to rest; the message names it.
+            ConfigurationError: called by what it would wait for, or something failed.
+        """
+        await lower([self.barrier], _BY_HAND, timeout)
+
+    def resume(self) -> None:
+        """Go on after `drain()`. Alone it enters no guest: an active `run()` does."""
+        self.barrier.release(_BY_HAND)
+
+    def drained(
+        self, timeout: float | None = DRAIN_TIMEOUT_S
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """``async with machine.drained():`` inside, the machine is at rest; see `drain()`."""
+        return drained(self, timeout=timeout)
+
+    def check_open(self) -> None:
+        """Raise ConfigurationError if the machine is not entered, or closed."""
+        self._opened()
+
+    def check_drainable(self) -> None:
+        """Raise ConfigurationError where a drain would wait for itself."""
+        self._opened()
+        if asyncio.current_task() in self._handler_tasks:
+            raise ConfigurationError(
+                f"{self.name} cannot be drained by the handler of an access: the drain would wait "
+                "for the handler. Do it in a task: asyncio.create_task(machine.drain())"
+            )
+        for device in self.devices.values():
+            if device.busy_sections.is_own:
+                raise ConfigurationError(
+                    f"{self.name} cannot be drained within busy() of {device.name}: "
+                    "the drain would wait for that"
+                )
+
+    def drain_participants(self) -> list[Participant]:
+        """All that must come to rest."""
+        self._start_cpus()
+        return [
+            *self.vcpus,
+            self._paths.drain(self._flush, self.vcpus[0].model.has_posted),
+            *(device.busy_sections for device in self.devices.values()),
+        ]
+
+    def came_to_rest(self) -> None:
+        """All are at rest: nothing may begin by itself from now on."""
+        self._hold_devices(True)
+
+    def goes_on(self) -> None:
+        """Nobody wants it at rest any more."""
+        self._hold_devices(False)
+        if not self._run_active or self._closed:
+            return
+        if self._ending is not None:
+            self._over.set()
+            return
+        for vcpu in self.vcpus:
+            vcpu.activate_if_fresh()
+            vcpu.allow()
+        self._end_if_halted()
+
+    def _hold_devices(self, held: bool) -> None:
+        for device in self.devices.values():
+            device.busy_sections.shut(held)
+            device.alarm.hold(held)
+
+    def _check_not_drained(self, what: str) -> None:
+        if self.barrier.is_down or self.barrier.is_moving:
+            raise ConfigurationError(f"{self.name} is drained and cannot {what}; resume() it first")
+
     @property
     def exit_traced(self) -> Callable[[VCpu, VmExit], None] | None:
         """Called with every exit before it is served, or None."""
@@ -448,6 +538,7 @@ class Machine:
     def check_steppable(self) -> None:
         self._opened()
         self._check_not_running("step a vCPU")
+        self._check_not_drained("be stepped")
 
     def idle(self, vcpu: VCpu) -> None:
         self._end_if_halted()
@@ -458,7 +549,11 @@ class Machine:
             fault = FaultFrame.read(self.memory, self._fault_frame)
             if fault is not None:
                 outcome = Shutdown(f"{fault}\n{outcome.dump}")
-        self._end(outcome)
+        if self.barrier.is_moving:
+            # `run()`, now or later, returns it when the machine goes on; a checkpoint holds it.
+            self._ending = self._ending or outcome
+        else:
+            self._end(outcome)
 
     def failed(self, vcpu: VCpu, error: BaseException) -> None:
         self._end(error)
@@ -481,11 +576,16 @@ class Machine:
         if self._has_run:
             return
         self._has_run = True
-        for vcpu in self.vcpus:
-            self._spawn(vcpu.live(), f"{self.name}.{vcpu.name}")
+        self._start_cpus()
         for device in list(self.devices.values()):
             self._start_device(device)
         self._start_delivery()
+
+    def _start_cpus(self) -> None:
+        if not self._handler_tasks:
+            for vcpu in self.vcpus:
+                task = self._spawn(vcpu.live(), f"{self.name}.{vcpu.name}")
+                self._handler_tasks.append(task)
 
     def _start_device(self, device: Device) -> None:
         if type(device).run is not Device.run:
@@ -495,14 +595,17 @@ class Machine:
     def _start_delivery(self) -> None:
         if self._paths.any_posted and not self._delivers:
             self._delivers = True
-            self._spawn(self._paths.deliver(self._flush), f"{self.name}.posted")
+            task = self._spawn(self._paths.deliver(self._flush), f"{self.name}.posted")
+            self._handler_tasks.append(task)
 
     def _look_at_exits(self) -> None:
         self.watches_exits = self._exit_traced is not None or bool(self._paths)
 
-    def _spawn(self, coroutine: Any, name: str) -> None:
+    def _spawn(self, coroutine: Any, name: str) -> asyncio.Task[None]:
         assert self._loop is not None
-        self._tasks.append(self._loop.create_task(coroutine, name=name))
+        task = self._loop.create_task(coroutine, name=name)
+        self._tasks.append(task)
+        return task
 
     async def _activity(self, activity: Awaitable[None], who: str) -> None:
         """Await something that goes on beside the vCPUs; its failure ends the machine."""
@@ -537,7 +640,7 @@ class Machine:
 
     def _end_if_halted(self) -> None:
         if self._run_active and all(v.halted and not v.can_wake for v in self.vcpus):
-            self._end(Halted())
+            self.ended(self.vcpus[0], Halted())
 
     async def _settle(self) -> None:
         """Wait, come what may, until every vCPU has left its guest."""

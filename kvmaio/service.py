@@ -78,6 +78,10 @@ class Service:
             self._stats.numHypercalls += 1
         return reason in _ALSO_COMPLETED
 
+    def is_final(self) -> bool:
+        """Is the exit one that nothing answers, and that the next run would only report again?"""
+        return self._reason not in _ANSWERED
+
     def begin(self) -> Awaitable[None] | None:
         """Serve the exit: None when it is served, else what to await.
 
@@ -264,6 +268,15 @@ _WORD = (1 << 64) - 1
 # Plain ints: an enum's member costs a look-up on the hot path.
 _IO = int(Reason.IO)
 _MMIO = int(Reason.MMIO)
+
+_ANSWERED = frozenset(
+    {
+        *(Reason.IO, Reason.MMIO, Reason.HLT, Reason.HYPERCALL, Reason.SYSTEM_EVENT),
+        *(Reason.IRQ_WINDOW_OPEN, Reason.INTR, Reason.SET_TPR, Reason.IOAPIC_EOI),
+        Reason.SHUTDOWN,
+    }
+)
+"""With these, something outside of the vCPU follows from the exit."""
 
 # KVM completes these, too, at the next entry: by writing to the registers.
 _ALSO_COMPLETED = frozenset({Reason.HYPERCALL, Reason.X86_RDMSR, Reason.X86_WRMSR})

@@ -65,6 +65,10 @@ class ManualClock:
         heapq.heappush(self._queue, (deadline_ns, next(self._order), call))
         return call
 
+    def of_loop(self, loop_ns: int) -> int:
+        """As it is: no loop moves this clock."""
+        return loop_ns
+
     async def advance(self, ns: int) -> None:
         """Let `ns` nanoseconds pass.
 

@@ -261,6 +261,9 @@ class TimedCpu:
     def is_waiting(self) -> bool:
         return self.model.is_waiting()
 
+    def has_injected_event(self) -> bool:
+        return self.model.has_injected_event()
+
     def read_context(self) -> Context:
         return self.model.read_context()
 

@@ -159,6 +159,11 @@ class VCpu:
         self._begun = False  # a device or handler has been given the exit due
         self._unanswered = False  # it has suspended, and its answer goes to the run page
         self._wake = asyncio.Event()
+        # Draining: on the way to rest, or there; and what becomes of it then.
+        self._draining = self._at_rest = False
+        self._resumes = False  # drained while it was active
+        self._drain_error: Exception | None = None
+        self._drain_waiters: list[asyncio.Future[None]] = []
 
     # ---- what users see -----------------------------------------------------------
 
@@ -236,9 +241,17 @@ class VCpu:
         """
         if self._state is not IDLE:
             raise ConfigurationError(f"{self.name} is {self._state.value}, not Idle: it is active")
+        if self._resumes:
+            raise ConfigurationError(f"{self.name} is drained and will be active: it is already")
         idle_ns = self._clock.now_ns - self._idle_since_ns
         self.stats.numCycles += idle_ns * self._clock_hz // 1_000_000_000
         self._fresh = self._suspended = self.halted = False
+        if self._at_rest:
+            self._resumes = True  # with the rest of the machine
+        else:
+            self._become_active()
+
+    def _become_active(self) -> None:
         self._state = SERVICE if self._exit_due else RUNNING
         self._wake.set()
 
@@ -252,6 +265,8 @@ class VCpu:
             ConfigurationError: in RunningService or RunningMMIOPending.
         """
         if self._state is IDLE:
+            if self._resumes:
+                self._resumes, self._suspended = False, True
             return
         if self._state is not RUNNING and self._state is not COMPLETION:
             raise ConfigurationError(
@@ -362,9 +377,13 @@ class VCpu:
                         break
                     elif entry.begin(None) is None:
                         await entry.arrival()
+                if self._draining:
+                    await self._come_to_rest()
             except EndRun as end:
                 self._served_by_ending()
                 self._owner.ended(self, end.outcome)
+                if self._draining and self._exit_due:
+                    self._rest_now()  # a shutdown: it stays, and is all there is
             except asyncio.CancelledError as cancelled:
                 if is_own_cancellation():
                     raise
@@ -405,7 +424,7 @@ class VCpu:
 
     def activate_if_fresh(self) -> None:
         """Activate a vCPU that has not been active since its reset."""
-        if self._fresh:
+        if self._fresh and not self._at_rest:
             self.activate()
 
     def reset_registers(self) -> None:
@@ -425,6 +444,7 @@ class VCpu:
     def load(self, context: Context) -> None:
         """Take over `context` whole; the vCPU is fresh and idle."""
         self.check_loadable()
+        self._resumes = False
         self._exit_due = self._begun = False
         self._entry.abandon_access()
         self._registers.replace(context)
@@ -459,10 +479,85 @@ class VCpu:
     def close(self) -> None:
         """End the model's thread. Idempotent."""
         self._closed = True
+        self._tell_drain_waiters()
         self._registers.locked = _CLOSED
         if self._entry.events is not None:
             self._entry.events.close()
         self.model.close()
+
+    # ---- draining (gem5: drain, tryDrain, drainResume), see `drain.Participant` -----------
+
+    def begin_drain(self) -> None:
+        self._draining = True
+        self._drain_error = None
+        self._allowed = False
+        self.model.kick_run()
+        self._wake.set()
+
+    def is_drained(self) -> bool:
+        if self._closed:
+            raise ConfigurationError(_CLOSED)
+        if self._drain_error is not None:
+            raise ConfigurationError(f"{self.name} cannot be drained: {self._drain_error}") from (
+                self._drain_error
+            )
+        return self._at_rest
+
+    async def settle(self) -> None:
+        while self._draining and self._has_work and not self._closed:
+            future = asyncio.get_running_loop().create_future()
+            self._drain_waiters.append(future)
+            await future
+
+    def end_drain(self) -> None:
+        self._draining = False
+        if self._at_rest:
+            self._at_rest = False
+            if self._resumes:
+                self._resumes = False
+                self._become_active()
+            elif self.halted and not self._suspended and self._has_something_to_take:
+                self.activate()  # it came while everything was at rest
+        self._tell_drain_waiters()
+
+    def holding(self) -> str:
+        if self._unanswered:
+            return f"{self.name} waits for {self._service.describe_exit()} ({self._state.value})"
+        what = "an injected event is not taken" if not self._exit_due else "an exit is due"
+        return f"{self.name} is {self._state.value}: {what}"
+
+    async def _come_to_rest(self) -> None:
+        """Serve and complete what is in flight; injects nothing new and runs on only for that."""
+        entry = self._entry
+        while self._draining and not self._at_rest:
+            if entry.inside:
+                await entry.left()  # it is being run by hand
+            elif entry.events is not None and entry.events.fired:
+                await entry.events.let_waiters_run()
+            elif self._exit_due and not self._service.is_final():
+                pending = self._begin_service()
+                if pending is not None:
+                    rest = drive(pending)
+                    if isinstance(rest, Suspended):
+                        await self.finish_service(rest)
+                self._exit_due = False
+                if self._state is SERVICE:
+                    self._state = RUNNING
+            elif self._exit_due or await entry.drain() is None:
+                self._rest_now()
+
+    def _rest_now(self) -> None:
+        self._registers.get()
+        self._resumes = self._state is not IDLE
+        self._state = IDLE
+        self._at_rest = True
+        self._tell_drain_waiters()
+
+    def _tell_drain_waiters(self) -> None:
+        waiters, self._drain_waiters = self._drain_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     # ---- the end of an entry -----------------------------------------------------------
 
@@ -524,10 +619,15 @@ class VCpu:
             return  # an interrupt does not end that; activate() does
         if self._state is not IDLE:
             self._become_idle()
-        if self.interrupts.nmi or (self.interrupts.maskable and self.can_wake):
+        if self._has_something_to_take:
             self.activate()
         else:
             self._owner.idle(self)
+
+    @property
+    def _has_something_to_take(self) -> bool:
+        """Does an interrupt wait that ends a HLT?"""
+        return self.interrupts.nmi or (self.interrupts.maskable and self.can_wake)
 
     def _served_by_ending(self) -> None:
         """An access that ended the run is served; a shutdown stays, and ends the next run too."""
@@ -543,6 +643,9 @@ class VCpu:
             self._state = SERVICE
         self._allowed = False
         self._explain(error)
+        if self._draining:
+            self._drain_error = error
+            self._tell_drain_waiters()
         self._owner.failed(self, error)
 
     def _explain(self, error: BaseException) -> None:
@@ -565,9 +668,15 @@ class VCpu:
     async def _rest(self) -> None:
         if is_own_cancellation():
             raise asyncio.CancelledError  # a handler has taken it for its own
-        while not self._allowed or (self._state is IDLE and not self._exit_due):
+        while not self._has_work:
             self._wake.clear()
             await self._wake.wait()
+
+    @property
+    def _has_work(self) -> bool:
+        if self._draining:
+            return not self._at_rest and self._drain_error is None
+        return self._allowed and (self._state is not IDLE or self._exit_due)
 
     def _become_idle(self) -> None:
         self._state = IDLE

@@ -154,6 +154,8 @@ class ScriptedCpu:
         registers: what a real model's registers would be.
         completion: what the next entry does to them first: the rest of a read.
         executed_ns: the host time that each entry is to have taken.
+        pieces: what half entries do: the further exits of an access in several pieces.
+        injected_for: so many more entries it takes until an injected event is taken.
     """
 
     kind = "scripted"
@@ -178,6 +180,8 @@ class ScriptedCpu:
         self.completion: Callable[[Context], None] | None = None
         self.executed_ns = executed_ns
         self.batch: deque[PostedWrite] = deque()
+        self.pieces: deque[Step] = deque()
+        self.injected_for = 0
         self._kicked = False
         self._result: EntryResult | None = None
         self._inside: asyncio.Future[EntryResult] | None = None
@@ -200,6 +204,7 @@ class ScriptedCpu:
     def enter(self, limit_ns: int | None) -> EntryResult | None:
         self.log.append("enter")
         self.limits.append(limit_ns)
+        self.injected_for = max(0, self.injected_for - 1)
         self._complete()
         if self._kicked or limit_ns == 0:
             self._kicked = False
@@ -223,7 +228,10 @@ class ScriptedCpu:
     def half_entry(self) -> EntryResult:
         self.log.append("half_entry")
         self._complete()
-        return EntryResult.INTERRUPTED
+        return self.pieces.popleft()(self) if self.pieces else EntryResult.INTERRUPTED
+
+    def has_injected_event(self) -> bool:
+        return self.injected_for > 0
 
     def kick(self) -> None:
         self.log.append("kick")

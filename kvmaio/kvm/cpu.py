@@ -181,6 +181,9 @@ class KvmCpu:
     def is_waiting(self) -> bool:
         return self.has_lapic and state.get_mp_state(self.fd) != lib.KVM_MP_STATE_RUNNABLE
 
+    def has_injected_event(self) -> bool:
+        return state.has_injected_event(self.fd)
+
     def kick(self) -> None:
         with self._lock:
             if self.handle is not None:

@@ -39,6 +39,7 @@ __all__ = [
     "get_state",
     "get_xcrs",
     "get_xsave",
+    "has_injected_event",
     "read_context",
     "set_context",
     "set_cpuid",
@@ -154,6 +155,18 @@ def get_events(fd: int) -> bytes:
 def set_events(fd: int, events: bytes) -> None:
     """Put kvm_vcpu_events."""
     _set(fd, "KVM_SET_VCPU_EVENTS", lib.KVM_SET_VCPU_EVENTS, "struct kvm_vcpu_events *", events)
+
+
+def has_injected_event(fd: int) -> bool:
+    """Is an exception, interrupt or NMI injected or an NMI pending (gem5's archIsDrained)?"""
+    events = ffi.new("struct kvm_vcpu_events *")
+    check(lib.kvmaio_ioctl(fd, lib.KVM_GET_VCPU_EVENTS, events), "KVM_GET_VCPU_EVENTS")
+    return bool(
+        events.exception.injected
+        or events.interrupt.injected
+        or events.nmi.injected
+        or events.nmi.pending
+    )
 
 
 def get_mp_state(fd: int) -> int:

@@ -1,0 +1,236 @@
+"""Drain: bring everything that is in flight to rest, as a barrier that can be awaited.
+
+Not one barrier but rounds: those who come to rest disturb one another (a write
+that ends here begins an activity there), so everyone is asked again until all
+say in the same round that they are at rest. gem5's drain manager does the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from .errors import ConfigurationError, DrainTimeout
+
+if TYPE_CHECKING:
+    from .device import Device
+    from .machine import Machine
+
+__all__ = ["DRAIN_TIMEOUT_S", "Barrier", "BusySections", "Participant", "drained"]
+
+DRAIN_TIMEOUT_S = 10.0
+"""A device that awaits a network may hold a drain for long; this long without being told to is
+taken for a mistake. By the loop's time."""
+
+
+class Participant(Protocol):
+    """Something that must come to rest: a vCPU, a device, the batched writes."""
+
+    def begin_drain(self) -> None:
+        """Head for rest. Once per barrier."""
+
+    def is_drained(self) -> bool:
+        """Asked in each round: at rest? If it was and has been disturbed, it heads there anew.
+
+        Raises:
+            Exception: it never will be.
+        """
+
+    async def settle(self) -> None:
+        """Wait until it may be worth asking again."""
+
+    def end_drain(self) -> None:
+        """Go on as before; also while still on the way to rest."""
+
+    def holding(self) -> str:
+        """What it still does, in words that name it."""
+
+
+class BusySections:
+    """What a device does on its own and that a checkpoint must not cut in two."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._open: dict[object, tuple[str, asyncio.Task[object] | None]] = {}
+        self._shut = False
+        self._changed: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def section(self, why: str) -> AsyncIterator[None]:
+        """See `Device.busy()`."""
+        while self._shut:
+            await self._change()
+        key = object()
+        self._open[key] = (why, asyncio.current_task())
+        try:
+            yield
+        finally:
+            del self._open[key]
+            self._tell()
+
+    @property
+    def is_own(self) -> bool:
+        """Is the present task within a section?"""
+        task = asyncio.current_task()
+        return any(owner is task for _, owner in self._open.values())
+
+    def shut(self, shut: bool) -> None:
+        """Have sections that would begin now wait; or no longer."""
+        self._shut = shut
+        self._tell()
+
+    def begin_drain(self) -> None:
+        pass
+
+    def is_drained(self) -> bool:
+        return not self._open
+
+    async def settle(self) -> None:
+        while self._open:
+            await self._change()
+
+    def end_drain(self) -> None:
+        pass
+
+    def holding(self) -> str:
+        return f"{self._device.name} is busy: {', '.join(why for why, _ in self._open.values())}"
+
+    async def _change(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._changed.append(future)
+        try:
+            await future
+        finally:
+            if future in self._changed:
+                self._changed.remove(future)
+
+    def _tell(self) -> None:
+        for future in tuple(self._changed):
+            if not future.done():
+                future.set_result(None)
+
+
+class Barrier:
+    """One machine's drain: who holds it down, and whether it is there.
+
+    Attributes:
+        is_down: everything is at rest, and stays so until nobody holds the barrier.
+        is_moving: somebody waits for that.
+        rounds: how often the last drain asked everyone.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.is_down = False
+        self.is_moving = False
+        self.rounds = 0
+        self._holders: list[object] = []
+        self._lock = asyncio.Lock()
+
+    def hold(self, holder: object) -> bool:
+        """Keep the barrier down for `holder`; is it new?"""
+        if holder in self._holders:
+            return False
+        self._holders.append(holder)
+        return True
+
+    def release(self, holder: object) -> None:
+        """Let the machine go on, unless somebody else holds it."""
+        if holder in self._holders:
+            self._holders.remove(holder)
+            if not self._holders and self.is_down:
+                self.is_down = False
+                self._end()
+
+    @contextlib.asynccontextmanager
+    async def moving(self) -> AsyncIterator[list[Participant]]:
+        """Its participants, on their way to rest; one drain at a time."""
+        async with self._lock:
+            self.machine.check_drainable()
+            participants = [] if self.is_down else self.machine.drain_participants()
+            self.is_moving = not self.is_down
+            try:
+                for participant in participants:
+                    participant.begin_drain()
+                yield participants
+                if not self.is_down:
+                    self.is_down = True
+                    self.machine.came_to_rest()
+            finally:
+                self.is_moving = False
+                if not self.is_down:
+                    self._end()
+
+    def _end(self) -> None:
+        for participant in self.machine.drain_participants():
+            participant.end_drain()
+        self.machine.goes_on()
+
+
+async def lower(barriers: Iterable[Barrier], holder: object, timeout: float | None) -> None:
+    """Bring all machines to rest together, and hold them there for `holder`.
+
+    If that fails or is cancelled, all go on as before.
+    """
+    ordered = sorted(set(barriers), key=id)  # or two drains of the same machines wait crosswise
+    held = [barrier for barrier in ordered if barrier.hold(holder)]
+    still = "another drain of it is under way"
+    try:
+        async with asyncio.timeout(timeout) as limit, contextlib.AsyncExitStack() as stack:
+            asked: list[Participant] = []
+            for barrier in ordered:
+                asked += await stack.enter_async_context(barrier.moving())
+            try:
+                rounds = await _rounds(asked)
+            except asyncio.CancelledError:
+                still = "; ".join(one.holding() for one in asked if not one.is_drained())
+                raise
+            for barrier in ordered:
+                barrier.rounds = rounds
+                barrier.machine.check_open()
+    except BaseException as error:
+        for barrier in held:
+            barrier.release(holder)
+        if isinstance(error, TimeoutError) and limit.expired():
+            names = " and ".join(barrier.machine.name for barrier in ordered)
+            raise DrainTimeout(f"{names} not at rest within {timeout:g} s: {still}") from None
+        raise
+
+
+async def _rounds(participants: Collection[Participant]) -> int:
+    """Ask everyone until all are at rest in one round; how many rounds did it take?"""
+    rounds = 1
+    while waiting := [one for one in participants if not one.is_drained()]:
+        for participant in waiting:
+            await participant.settle()
+        rounds += 1
+    return rounds
+
+
+@contextlib.asynccontextmanager
+async def drained(
+    *machines: Machine, timeout: float | None = DRAIN_TIMEOUT_S
+) -> AsyncIterator[None]:
+    """Inside, all `machines` are at rest together; afterwards they go on as before.
+
+    ::
+
+        async with kvmaio.drained(a, b):
+            one, other = await a.checkpoint(), await b.checkpoint()
+
+    Raises:
+        DrainTimeout: something did not come to rest; the message names it.
+        ConfigurationError: called where that would wait for itself.
+    """
+    if not machines:
+        raise ConfigurationError("drained() of no machine")
+    holder = object()
+    barriers = [machine.barrier for machine in machines]
+    await lower(barriers, holder, timeout)
+    try:
+        yield
+    finally:
+        for barrier in barriers:
+            barrier.release(holder)

@@ -1,0 +1,553 @@
+"""Drain: a test for each state, and what disturbs, holds, cancels or misuses it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import kvmaio
+from kvmaio import Device, DrainTimeout, Exited, Halted, Machine, Register, Stopped, VCpuState
+from kvmaio.boot import Flat
+from kvmaio.devices import DebugExit
+from kvmaio.errors import ConfigurationError
+from tests.assembler import assemble
+from tests.engine.support import Diary, deadline, until
+from tests.scripted import (
+    INTERRUPTED,
+    ScriptedCpu,
+    halt,
+    mmio_read,
+    plain,
+    port_in,
+    port_out,
+    scripted_machine,
+)
+
+IDLE, RUNNING = VCpuState.IDLE, VCpuState.RUNNING
+PENDING, SERVICE = VCpuState.RUNNING_MMIO_PENDING, VCpuState.RUNNING_SERVICE
+SPIN = ("spin: jmp spin",)
+
+
+# ---- one test for each state --------------------------------------------------------
+
+
+@pytest.mark.kvm
+async def test_running(boot):
+    """Running → Idle; resume() makes it Running, and run() has been active all along."""
+    machine = boot("again: inc eax", "jmp again")
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        await machine.drain()
+        assert cpu.state is IDLE
+        assert machine.is_running
+        at = cpu.stats.numVMExits
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert cpu.stats.numVMExits == at
+        machine.resume()
+        assert cpu.state is RUNNING
+        await until(lambda: cpu.inside)
+        machine.stop("seen")
+        assert await run == Stopped("seen")
+
+
+@pytest.mark.kvm
+async def test_idle_suspended_vcpu_stays_idle(boot):
+    machine = boot(*SPIN)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        cpu.suspend()
+        await until(lambda: not cpu.inside)
+        async with machine.drained():
+            assert cpu.state is IDLE
+        assert cpu.state is IDLE
+        cpu.activate()
+        await until(lambda: cpu.inside)
+        machine.stop()
+        await run
+
+
+async def test_service(monkeypatch):
+    """An exit that nobody has served yet: served, completed by a half entry, drained."""
+    cpu = ScriptedCpu(port_in(0x60), halt())
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        diary = machine.attach(Diary(0x42), pio=0x60)
+        vcpu = machine.vcpus[0]
+        await vcpu.run()
+        assert vcpu.state is SERVICE
+        await machine.drain()
+        assert diary.entries == [("read", 0, 1)]
+        assert cpu.log[-2:] == ["half_entry", "read_context"]
+        assert (vcpu.state, vcpu.context.rax) == (IDLE, 0x42)
+        machine.resume()
+        assert await machine.run() == Halted()
+        assert len(diary.entries) == 1
+
+
+@pytest.mark.kvm
+async def test_completion(boot):
+    """Between the service and the next entry: a half entry puts the data into the register."""
+    machine = boot("in al, 0x60", "hlt")
+    machine.attach(Diary(0x42, during=lambda: machine.stop()), pio=0x60)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        await machine.run()
+        assert cpu.state is VCpuState.RUNNING_SERVICE_COMPLETION
+        halves = cpu.stats.numVMHalfEntries
+        async with machine.drained():
+            assert cpu.state is IDLE
+            assert cpu.stats.numVMHalfEntries == halves + 1
+            assert cpu.context.rax & 0xFF == 0x42
+        assert cpu.state is RUNNING
+        assert await machine.run() == Halted()
+
+
+@pytest.mark.kvm
+async def test_mmio_pending(boot):
+    """A device that answers later holds the drain until it has answered."""
+    answer = asyncio.Event()
+    machine = boot("in al, 0x60", "hlt")
+    machine.attach(Diary(0x42, during=answer.wait), pio=0x60)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.state is PENDING)
+        drain = asyncio.create_task(machine.drain())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not drain.done()
+        answer.set()
+        await drain
+        assert cpu.context.rax & 0xFF == 0x42
+        machine.resume()
+        assert await run == Halted()
+
+
+async def test_access_in_many_pieces_is_completed(monkeypatch):
+    """One instruction's access may come as several exits: all are served before the rest."""
+    cpu = ScriptedCpu(mmio_read(0xD0001000, 8), halt())
+    cpu.pieces.append(mmio_read(0xD0001008, 4))
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        diary = machine.attach(Diary(1, 2), mmio=0xD0001000, name="first")
+        other = machine.attach(Diary(3), mmio=0xD0001008, name="second")
+        await machine.vcpus[0].run()
+        await machine.drain()
+        assert (len(diary.entries), len(other.entries)) == (1, 1)
+
+
+async def test_injected_event_holds_it(monkeypatch):
+    """archIsDrained: request the window, run at most 1 ms, again, until the event is taken."""
+    cpu = ScriptedCpu(INTERRUPTED, INTERRUPTED, INTERRUPTED, halt(if_flag=1))
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        await machine.vcpus[0].run()
+        cpu.injected_for = 2
+        await machine.vcpus[0].interrupt(0x30)  # a new one: not to be injected now
+        cpu.limits.clear()
+        await machine.drain()
+        assert cpu.limits == [1_000_000, 1_000_000]
+        assert cpu.page.request_interrupt_window == 1
+        assert cpu.injected == []
+        assert machine.vcpus[0].interrupts.maskable
+
+
+# ---- what arrives, or ends, meanwhile -----------------------------------------------
+
+
+@pytest.mark.kvm
+async def test_interrupt_while_drained_wakes_afterwards(boot):
+    machine = boot(
+        *("mov word ptr [0x80], offset handler", "mov word ptr [0x82], 0", "sti", "hlt"),
+        *("mov bl, al", "cli", "hlt", "handler: mov al, 7", "iret"),
+    )
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.halted)
+        async with machine.drained():
+            await cpu.interrupt(0x20)
+            assert (cpu.state, cpu.halted) == (IDLE, False)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert cpu.stats.numInterrupts == 0
+        assert await run == Halted()
+    assert cpu.context.rbx & 0xFF == 7
+
+
+@pytest.mark.kvm
+async def test_outcome_met_while_draining_is_kept(boot):
+    """The guest ends itself in the access that is pending: run() says so after resume()."""
+    go_on = asyncio.Event()
+
+    class SlowExit(DebugExit):
+        async def write(self, offset, size, value):
+            await go_on.wait()
+            return super().write(offset, size, value)
+
+    machine = boot("mov al, 3", "out 0xf8, al", "hlt")
+    machine.attach(SlowExit(), pio=0xF8)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].state is PENDING)
+        drain = asyncio.create_task(machine.drain())
+        await asyncio.sleep(0)
+        go_on.set()
+        await drain
+        assert not run.done()
+        machine.resume()
+        assert await run == Exited(7)
+
+
+@pytest.mark.kvm
+async def test_failing_device_fails_the_drain(boot):
+    go_on = asyncio.Event()
+
+    async def fail() -> None:
+        await go_on.wait()
+        raise ZeroDivisionError("the device's own")
+
+    machine = boot("in al, 0x60", "hlt")
+    machine.attach(Diary(during=fail), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].state is PENDING)
+        drain = asyncio.create_task(machine.drain())
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(ConfigurationError, match="cpu0 cannot be drained: the device's own"):
+            await drain
+        with pytest.raises(ZeroDivisionError):
+            await run
+        with pytest.raises(ConfigurationError, match="cannot be drained"):
+            await machine.drain()  # it fails again, and does not hang
+
+
+@pytest.mark.kvm
+async def test_four_vcpus_that_compute_and_exit(boot):
+    machine = boot(
+        *("mov ax, 0", "again: inc ax", "test al, 0x3f", "jnz again", "out 0x60, al"),
+        "jmp again",
+        vcpus=4,
+    )
+    machine.attach(Diary(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        for vcpu in machine.vcpus[1:]:
+            vcpu.init()
+            vcpu.start_up(1)
+            vcpu.context.rip = 0
+        for _ in range(50):
+            await asyncio.sleep(0.0005)
+            async with machine.drained():
+                assert {vcpu.state for vcpu in machine.vcpus} == {IDLE}
+                assert not any(vcpu.inside for vcpu in machine.vcpus)
+        machine.stop()
+        await run
+    assert all(vcpu.stats.numIO for vcpu in machine.vcpus)
+
+
+# ---- devices -------------------------------------------------------------------------
+
+
+class Worker(Device):
+    """Does `steps` steps when kicked, and then kicks the `next_one`."""
+
+    kick = Register(0, int)
+
+    def __init__(self, steps: int = 5) -> None:
+        self.steps = steps
+        self.done = 0
+        self.next_one: Worker | None = None
+        self.kicked = asyncio.Event()
+
+    @kick.on_write
+    def on_kick(self, value: int) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.kicked.set()
+
+    async def run(self) -> None:
+        while True:
+            await self.kicked.wait()
+            self.kicked.clear()
+            async with self.busy("copying"):
+                for _ in range(self.steps):
+                    await asyncio.sleep(0.001)
+                    self.done += 1
+                if self.next_one is not None:
+                    self.next_one.begin()
+                    await asyncio.sleep(0)  # it has begun before this is over
+
+
+@pytest.mark.kvm
+async def test_device_that_disturbs_a_drained_peer_forces_another_round(boot):
+    machine = boot("out 0x60, al", *SPIN)
+    first, second = Worker(), Worker()
+    # The disturbed one is asked first, and is at rest then.
+    machine.attach(second, pio=0x61)
+    machine.attach(first, pio=0x60)
+    first.next_one = second
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: first.done)
+        await machine.drain()
+        assert (first.done, second.done) == (5, 5)
+        assert machine.barrier.rounds >= 3  # first busy; second busy; all at rest
+        machine.resume()
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_busy_section_waits_to_begin_while_drained(boot):
+    machine = boot(*SPIN)
+    worker = machine.attach(Worker(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        async with machine.drained():
+            await machine.pio.write(0x60, 1, 1)
+            await asyncio.sleep(0.02)
+            assert worker.done == 0
+        await until(lambda: worker.done == 5)
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_alarm_does_not_ring_while_drained(boot):
+    class Ringing(Device):
+        size = 1
+        rang = False
+
+        async def run(self) -> None:
+            async for _ in self.alarm:
+                self.rang = True
+
+    machine = boot(*SPIN)
+    device = machine.attach(Ringing(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        async with machine.drained():
+            device.alarm.arm(machine.clock.now_ns + 1_000_000)
+            await asyncio.sleep(0.02)
+            assert not device.rang
+        await until(lambda: device.rang)
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_batched_writes_arrive_first():
+    class Posted(Device):
+        data = Register(0, int, posted=True)
+
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        @data.on_write
+        def take(self, value: int) -> None:
+            self.seen.append(value)
+
+    lines = ("mov al, 1", "out 0x60, al", "mov al, 2", "out 0x60, al", *SPIN)
+    async with deadline(), Machine() as machine:
+        device = machine.attach(Posted(), pio=0x60)
+        machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
+        run = asyncio.create_task(machine.run())
+        cpu = machine.vcpus[0]
+        await until(lambda: cpu.inside and cpu.model.has_posted())
+        await machine.drain()
+        assert device.seen == [1, 2]
+        machine.resume()
+        machine.stop()
+        await run
+
+
+# ---- timeouts, cancellation, misuse ------------------------------------------------------
+
+
+@pytest.mark.kvm
+async def test_timeout_names_who_holds_it_and_leaves_it_running(boot):
+    machine = boot("in al, 0x60", *SPIN)
+    release = asyncio.Event()
+    machine.attach(Diary(during=release.wait), pio=0x60)
+    worker = machine.attach(Worker(steps=10_000), pio=0x70)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.state is PENDING)
+        worker.begin()
+        await until(lambda: worker.done)
+        with pytest.raises(DrainTimeout) as caught:
+            await machine.drain(timeout=0.05)
+        assert str(caught.value) == (
+            "machine not at rest within 0.05 s: cpu0 waits for a read from pio 0x60 (1 byte) "
+            "(RunningMMIOPending); worker0 is busy: copying"
+        )
+        release.set()
+        await until(lambda: cpu.inside)
+        machine.stop()
+        assert await run == Stopped("stopped")
+
+
+@pytest.mark.kvm
+async def test_cancelled_drain_leaves_it_running(boot):
+    machine = boot("in al, 0x60", *SPIN)
+    release = asyncio.Event()
+    machine.attach(Diary(during=release.wait), pio=0x60)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.state is PENDING)
+        drain = asyncio.create_task(machine.drain())
+        await asyncio.sleep(0.01)
+        drain.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await drain
+        release.set()
+        await until(lambda: cpu.inside)
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_refused_where_it_would_wait_for_itself(boot):
+    refusals: list[str] = []
+
+    class Suicidal(Worker):
+        async def attempt(self) -> None:
+            with pytest.raises(ConfigurationError) as caught:
+                await machine.drain()
+            refusals.append(str(caught.value))
+
+        async def read(self, offset: int, size: int) -> int:
+            await self.attempt()
+            return 0
+
+        async def run(self) -> None:
+            async with self.busy("draining"):
+                await self.attempt()
+
+    machine = boot("in al, 0x60", "hlt")
+    machine.attach(Suicidal(), pio=0x60)
+    async with deadline():
+        assert await machine.run() == Halted()
+    assert sorted(refusal.split(":")[0] for refusal in refusals) == [
+        "machine cannot be drained by the handler of an access",
+        "machine cannot be drained within busy() of suicidal0",
+    ]
+
+
+@pytest.mark.kvm
+async def test_without_a_run_and_what_is_refused_while_drained(boot):
+    machine = boot("hlt")
+    async with deadline():
+        await machine.drain()
+        with pytest.raises(ConfigurationError, match="drained and cannot be run; resume"):
+            await machine.run()
+        with pytest.raises(ConfigurationError, match="drained and cannot be stepped"):
+            await machine.vcpus[0].run(1000)
+        machine.resume()
+        assert machine.vcpus[0].stats.numVMExits == 0
+        assert await machine.run() == Halted()
+        machine.resume()  # nothing to resume: harmless
+
+
+@pytest.mark.kvm
+async def test_each_holder_holds_it(boot):
+    machine = boot(*SPIN)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        async with machine.drained():
+            await machine.drain()
+            async with machine.drained():
+                pass
+            assert cpu.state is IDLE
+        assert cpu.state is IDLE
+        machine.resume()
+        assert cpu.state is RUNNING
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_several_machines_together(boot):
+    """Neither is at rest alone: what one does to the other is over in both."""
+    one, other = boot(*SPIN), boot(*SPIN)
+    first, second = Worker(), Worker()
+    one.attach(second, pio=0x60)
+    other.attach(first, pio=0x60)
+    first.next_one = second
+    async with deadline():
+        runs = [asyncio.create_task(machine.run()) for machine in (one, other)]
+        await until(lambda: one.vcpus[0].inside and other.vcpus[0].inside)
+        first.begin()
+        await until(lambda: first.done)
+        async with kvmaio.drained(one, other):
+            assert (first.done, second.done) == (5, 5)
+            assert (one.vcpus[0].state, other.vcpus[0].state) == (IDLE, IDLE)
+        assert (one.vcpus[0].state, other.vcpus[0].state) == (RUNNING, RUNNING)
+        # The other way round at the same time: no deadlock.
+        await asyncio.gather(*(drain_once(*pair) for pair in ((one, other), (other, one))))
+        for machine in (one, other):
+            machine.stop()
+        await asyncio.gather(*runs)
+
+
+async def drain_once(*machines: Machine) -> None:
+    async with kvmaio.drained(*machines):
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.kvm
+async def test_closing_ends_a_drain(boot):
+    machine = boot("in al, 0x60", "hlt")
+    machine.attach(Diary(during=asyncio.Event().wait), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].state is PENDING)
+        drain = asyncio.create_task(machine.drain())
+        await asyncio.sleep(0)
+        await machine.close()
+        with pytest.raises(ConfigurationError, match="closed"):
+            await drain
+        await run
+
+
+async def test_final_exit_is_at_rest(monkeypatch):
+    """An exit that nothing answers holds no drain; the next run reports it."""
+    cpu = ScriptedCpu(plain(9, fail_entry={"cpu": 1}))
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        with pytest.raises(kvmaio.GuestError):
+            await machine.run()
+        async with machine.drained():
+            assert machine.vcpus[0].state is IDLE
+        with pytest.raises(kvmaio.GuestError):
+            await machine.run()
+
+
+async def test_shutdown_is_kept(monkeypatch):
+    cpu = ScriptedCpu(plain(8))
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        await machine.vcpus[0].run()
+        await machine.drain()
+        machine.resume()
+        assert isinstance(await machine.run(), kvmaio.Shutdown)
+        assert cpu.log.count("enter") == 1
+
+
+async def test_string_output_is_served_whole(monkeypatch):
+    cpu = ScriptedCpu(port_out(0x60, 1, 2, 3), halt())
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        diary = machine.attach(Diary(), pio=0x60)
+        await machine.vcpus[0].run()
+        await machine.drain()
+        assert [entry[-1] for entry in diary.entries] == [1, 2, 3]
