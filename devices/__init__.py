@@ -9,6 +9,8 @@ from .countdown_timer import CountdownTimer
 from .debug_console import DebugConsole
 from .debug_exit import DebugExit
 from .pci_config_ports import PciConfigPorts, PlainConfigSpace
+from .pic8259 import Elcr, Pic8259
+from .pit8254 import Pit8254, SystemPortB
 from .pseudo_op import M5Op, PseudoOpWindow
 from .rtc_mc146818 import RtcMc146818
 from .uart16550 import Uart16550
@@ -19,10 +21,14 @@ __all__ = [
     "CountdownTimer",
     "DebugConsole",
     "DebugExit",
+    "Elcr",
     "M5Op",
     "PciConfigPorts",
+    "Pic8259",
+    "Pit8254",
     "PlainConfigSpace",
     "PseudoOpWindow",
     "RtcMc146818",
+    "SystemPortB",
     "Uart16550",
 ]

@@ -13,6 +13,8 @@ from kvmaio.devices import (
     DebugConsole,
     DebugExit,
     PciConfigPorts,
+    Pic8259,
+    Pit8254,
     PseudoOpWindow,
     RtcMc146818,
     Uart16550,
@@ -42,6 +44,8 @@ DEVICES: dict[str, Callable[[], Device]] = {
     "exit": DebugExit,
     "pci": pci,
     "pseudo": pseudo_ops,
+    "pic": Pic8259,
+    "pit": Pit8254,
 }
 
 # Small numbers and single bits reach more states than evenly chosen ones.
