@@ -11,7 +11,7 @@ import attrs
 from .device import Device
 from .errors import ConfigurationError, UnmappedAccess
 
-__all__ = ["Bus", "Mapping", "Unmapped"]
+__all__ = ["Bus", "Layer", "Mapping", "Target", "Unmapped"]
 
 MAX_ACCESS = 8  # bytes: the widest single access of a CPU
 
@@ -42,13 +42,24 @@ class Mapping:
 
 
 @attrs.frozen(eq=False)
-class _Target:
-    """An access, resolved: what the hot path needs and nothing else."""
+class Target:
+    """An access, resolved: what the hot path needs and nothing else.
+
+    Attributes:
+        offset: into the window; the first argument of `read` and `write`.
+        update: called after a write; None where the device does not define it.
+    """
 
     offset: int
     read: Callable[[int, int], int | Awaitable[int]]
     write: Callable[[int, int, int], Awaitable[None] | None]
-    update: Callable[[], None] | None  # None where the device does not define it
+    update: Callable[[], None] | None
+
+
+Layer = Callable[["Mapping | None", int, int, Target], Target]
+"""Puts itself between the bus and a device: takes the window (None: there is none), address and
+size of an access, and the target so far; returns the target to use. Asked once per address and
+size, not per access."""
 
 
 class Bus:
@@ -71,7 +82,9 @@ class Bus:
         self._mappings: list[Mapping] = []
         self._bases: list[int] = []
         # (address << 4 | size) -> target: filled as accesses come, emptied by map and unmap.
-        self._targets: dict[int, _Target] = {}
+        self._targets: dict[int, Target] = {}
+        self._layers: list[Layer] = []
+        self._observer: Layer | None = None
 
     def __iter__(self) -> Iterator[Mapping]:
         return iter(self._mappings)
@@ -108,6 +121,22 @@ class Bus:
         """Take back every window of `device`; a stranger is ignored."""
         self._mappings = [m for m in self._mappings if m.device is not device]
         self._bases = [m.base for m in self._mappings]
+        self._targets.clear()
+
+    def add_layer(self, layer: Layer) -> None:
+        """Have `layer` stand between the guests and the devices, before those that do already."""
+        self._layers.append(layer)
+        self._targets.clear()
+
+    def remove_layer(self, layer: Layer) -> None:
+        """Take back `add_layer()`; an unknown layer is ignored."""
+        if layer in self._layers:
+            self._layers.remove(layer)
+            self._targets.clear()
+
+    def observe(self, observer: Layer | None) -> None:
+        """Have `observer` stand before all layers, in place of another one."""
+        self._observer = observer
         self._targets.clear()
 
     def overlapping(self, base: int, size: int) -> Mapping | None:
@@ -175,23 +204,29 @@ class Bus:
         finally:
             mapping.device.posted_time_ns = None
 
-    def _resolve(self, address: int, size: int) -> _Target:
+    def _resolve(self, address: int, size: int) -> Target:
         mapping = self.find(address)
         if mapping is not None and address + size - 1 <= mapping.last:
             device = mapping.device
             update = device.update if type(device).update is not Device.update else None
-            target = _Target(address - mapping.base, device.read, device.write, update)
+            target = Target(address - mapping.base, device.read, device.write, update)
+            target = self._layered(mapping, address, size, target)
         elif mapping is None and self.overlapping(address, size) is None:
-            target = self._unmapped_target(address)
+            target = self._layered(None, address, size, self._unmapped_target(address))
         else:
-            target = self._split_target(address)
+            target = self._split_target(address)  # whose pieces have the layers
         # Bounded by the guest's imagination: an open bus probed everywhere must not eat the host.
         if len(self._targets) >= 1 << 14:
             self._targets.clear()
         self._targets[address << 4 | size] = target
         return target
 
-    def _unmapped_target(self, address: int) -> _Target:
+    def _layered(self, mapping: Mapping | None, address: int, size: int, target: Target) -> Target:
+        for layer in self._layers:
+            target = layer(mapping, address, size, target)
+        return target if self._observer is None else self._observer(mapping, address, size, target)
+
+    def _unmapped_target(self, address: int) -> Target:
         def read(offset: int, size: int) -> int:
             if self.unmapped is Unmapped.ERROR:
                 raise UnmappedAccess(self.name, address, size)
@@ -201,9 +236,9 @@ class Bus:
             if self.unmapped is Unmapped.ERROR:
                 raise UnmappedAccess(self.name, address, size, value=value)
 
-        return _Target(0, read, write, None)
+        return Target(0, read, write, None)
 
-    def _split_target(self, address: int) -> _Target:
+    def _split_target(self, address: int) -> Target:
         """An access that no single window holds becomes byte accesses, as on an 8-bit bus."""
 
         async def read(offset: int, size: int) -> int:
@@ -213,7 +248,7 @@ class Bus:
             for i in range(size):
                 await self.write(address + i, 1, value >> 8 * i)
 
-        return _Target(0, read, write, None)
+        return Target(0, read, write, None)
 
 
 def _check_size(bus: str, address: int, size: int) -> None:

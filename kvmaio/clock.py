@@ -56,6 +56,11 @@ class LoopClock:
 
     What a second is, is the loop's choice: wall clock on asyncio and uvloop,
     simulated time on a simulating loop.
+
+    Attributes:
+        read_ns: `now_ns` as a function, for those who look at every exit; another one after
+            each `set()`.
+        on_set: called after each `set()`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -64,12 +69,14 @@ class LoopClock:
         # Both asyncio's and uvloop's time is CLOCK_MONOTONIC, but uvloop's is a cached number
         # of milliseconds. A loop with a time of its own has `time_ns`.
         self._time_ns: Callable[[], int] = getattr(loop, "time_ns", time.monotonic_ns)
+        self.read_ns = self._time_ns
+        self.on_set: Callable[[], None] | None = None
         # And exact timers: a float holds whole nanoseconds for some months only.
         self._call_at_ns: Callable[..., Cancellable] | None = getattr(loop, "call_at_ns", None)
 
     @property
     def now_ns(self) -> int:
-        return self._time_ns() + self._offset_ns
+        return self.read_ns()
 
     def call_at_ns(self, deadline_ns: int, callback: Callable[[], None]) -> Cancellable:
         deadline_ns -= self._offset_ns
@@ -79,7 +86,10 @@ class LoopClock:
 
     def set(self, now_ns: int) -> None:
         """Have it be `now_ns` now, as in a checkpoint; callbacks that wait keep their instants."""
-        self._offset_ns = now_ns - self._time_ns()
+        self._offset_ns = offset_ns = now_ns - self._time_ns()
+        self.read_ns = lambda: self._time_ns() + offset_ns
+        if self.on_set is not None:
+            self.on_set()
 
     def of_loop(self, loop_ns: int) -> int:
         return loop_ns + self._offset_ns
@@ -97,10 +107,14 @@ class Alarm:
     Never early: uvloop's timers and rounded floats can be, so the alarm looks
     at the clock again before it rings. Its state is plain data (`deadline_ns`
     and the deadlines that rang unheard), so a checkpoint holds it.
+
+    Attributes:
+        watcher: called with each deadline, and whether it is armed (False) or rings (True).
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.deadline_ns: int | None = None
+        self.watcher: Callable[[int, bool], None] | None = None
         self._rung: deque[int] = deque()
         self._clock: Clock = clock or StoppedClock()
         self._timer: Cancellable | None = None
@@ -114,6 +128,8 @@ class Alarm:
         """
         self.disarm()
         self.deadline_ns = deadline_ns
+        if self.watcher is not None:
+            self.watcher(deadline_ns, False)
         if not self._held:
             self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
 
@@ -179,6 +195,8 @@ class Alarm:
             self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
             return
         self.disarm()
+        if self.watcher is not None:
+            self.watcher(deadline_ns, True)
         self._rung.append(deadline_ns)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -155,6 +155,11 @@ class Device:
     def load(self, state: dict[str, Any]) -> None:
         """Take back what `save()` gave."""
 
+    def register_name(self, offset: int, is_write: bool) -> str | None:
+        """The name of the register that an access at `offset` reaches; None: there is none."""
+        register = self._register_at(self._writers if is_write else self._readers, offset)
+        return None if register is None else register.name
+
     def _register_at(
         self, table: dict[int, tuple[Register[Any], ...]], offset: int
     ) -> Register[Any] | None:

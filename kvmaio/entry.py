@@ -41,6 +41,7 @@ class Entry:
         registers: the engine's copy of them.
         interrupts: what waits to be delivered.
         events: instruction counts that somebody waits for, or None.
+        on_injection: called with each vector that is injected, None for an NMI.
         inside: the model is in the guest, or its result is not yet taken.
         count_exit: counts the exit that has come; must the next entry complete it?
         on_end: told how each entry ended.
@@ -61,6 +62,7 @@ class Entry:
         self.registers = SyncedContext(model)
         self.interrupts = Interrupts()
         self.events: InstructionEvents | None = None
+        self.on_injection: Callable[[int | None], None] | None = None
         self.inside = False
         self.count_exit = count_exit
         self.on_end = on_end
@@ -212,19 +214,26 @@ class Entry:
         if interrupts.nmi:
             interrupts.nmi = False
             model.nmi()
-            self.stats.numInterrupts += 1
+            self._injected(None)
         elif model.has_lapic:  # which queues them itself, and KVM then gives no window
             while interrupts.maskable:
-                model.interrupt(interrupts.take())
-                self.stats.numInterrupts += 1
+                self._interrupt(interrupts.take())
         elif interrupts.maskable and page.ready_for_interrupt_injection and self.takes_interrupts:
-            model.interrupt(interrupts.take())
-            self.stats.numInterrupts += 1
+            self._interrupt(interrupts.take())
         if interrupts.maskable:
             page.request_interrupt_window = 1
             interrupts.window_requested = True
         if self.events is not None and self.stats.numInterrupts != delivered:
             self.events.interrupted()
+
+    def _interrupt(self, vector: int) -> None:
+        self.model.interrupt(vector)
+        self._injected(vector)
+
+    def _injected(self, vector: int | None) -> None:
+        self.stats.numInterrupts += 1
+        if self.on_injection is not None:
+            self.on_injection(vector)
 
     @property
     def takes_interrupts(self) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -19,7 +20,7 @@ from .declared_paths import DeclaredPaths
 from .device import Device
 from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained, lower
 from .errors import ConfigurationError, GuestError, HostError
-from .exits import EndRun, Halted, Outcome, Shutdown, Stopped, VmExit
+from .exits import EndRun, Halted, Outcome, Shutdown, Stopped
 from .irq import IrqLine
 from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
@@ -28,6 +29,7 @@ from .simulation import SimulationLoop
 from .stats import MachineStatistics
 from .suspension import foreign_cancellation, is_own_cancellation
 from .timed_cpu import TimedCpu
+from .trace import Filter, Sink, Trace, Tracing, open_trace_file
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ class Machine:
         self.stats = MachineStatistics(self)
         self.irqchip = irqchip
         self.watches_exits = False
-        self._exit_traced: Callable[[VCpu, VmExit], None] | None = None
+        self.tracing = Tracing(self)
         self._cpu = cpu
         self._vcpu_count = vcpus
         self._host_factor = host_factor
@@ -160,6 +162,7 @@ class Machine:
             raise ConfigurationError(f"{self.name} was entered before; make a new Machine")
         self._loop = asyncio.get_running_loop()
         self.clock = LoopClock(self._loop)
+        self.clock.on_set = self.tracing.refresh
         if self.irqchip is None and self._vcpu_count > 1:
             self.irqchip = "kernel"
         platform = open_platform(self._cpu, self.irqchip)
@@ -208,6 +211,7 @@ class Machine:
         try:
             await self._settle()
         finally:
+            self.tracing.close()
             for device in self.devices.values():
                 device.alarm.disarm()
             tasks, self._tasks = self._tasks, []
@@ -312,9 +316,10 @@ class Machine:
             device.irq.connect(line.input())
         self._paths.declare(device, pio, is_pio=True)
         self._paths.declare(device, mmio, is_pio=False)
-        self._look_at_exits()
+        self.watches_exits = bool(self._paths)
         if self._loop is not None:
             self._give_clock(device)
+        self.tracing.refresh()
         if self._has_run:
             self._start_device(device)
             self._start_delivery()
@@ -330,7 +335,13 @@ class Machine:
             if self._platform is not None:
                 line.connect(self._irq_sink(self._platform, number))
             self._lines[number] = line
+            self.tracing.refresh()
         return line
+
+    @property
+    def lines(self) -> list[IrqLine]:
+        """The interrupt lines that `irq()` has made."""
+        return list(self._lines.values())
 
     def irqfd(self, number: int) -> int:
         """An eventfd, each write of 1 to which (``os.eventfd_write``) is an edge on line `number`.
@@ -486,9 +497,11 @@ class Machine:
     def came_to_rest(self) -> None:
         """All are at rest: nothing may begin by itself from now on."""
         self._hold_devices(True)
+        self.tracing.drain("at rest")
 
     def goes_on(self) -> None:
         """Nobody wants it at rest any more."""
+        self.tracing.drain("goes on")
         self._hold_devices(False)
         if not self._run_active or self._closed:
             return
@@ -509,15 +522,22 @@ class Machine:
         if self.barrier.is_down or self.barrier.is_moving:
             raise ConfigurationError(f"{self.name} is drained and cannot {what}; resume() it first")
 
-    @property
-    def exit_traced(self) -> Callable[[VCpu, VmExit], None] | None:
-        """Called with every exit before it is served, or None."""
-        return self._exit_traced
+    def trace(self, sink: Sink | str | os.PathLike[str], *, only: str = "") -> Trace:
+        """Tell `sink` what happens from now on, until the trace, or the machine, is closed.
 
-    @exit_traced.setter
-    def exit_traced(self, sink: Callable[[VCpu, VmExit], None] | None) -> None:
-        self._exit_traced = sink
-        self._look_at_exits()
+        Args:
+            sink: a callable that takes each record (`kvmaio.trace.Record`), or the path of a
+                ``.json`` or ``.vcd`` file.
+            only: what it wants of it, such as ``"exit,access,uart*"``; see `kvmaio.trace.Filter`.
+
+        Raises:
+            ConfigurationError: `only` names no kind and no part of this machine, or there is no
+                such kind of file.
+        """
+        self._opened()
+        wanted = Filter(only)
+        self.tracing.check(wanted)
+        return self.tracing.add(sink if callable(sink) else open_trace_file(sink), wanted)
 
     @property
     def posted_lock(self) -> asyncio.Lock:  # for VCpuOwner
@@ -597,9 +617,6 @@ class Machine:
             self._delivers = True
             task = self._spawn(self._paths.deliver(self._flush), f"{self.name}.posted")
             self._handler_tasks.append(task)
-
-    def _look_at_exits(self) -> None:
-        self.watches_exits = self._exit_traced is not None or bool(self._paths)
 
     def _spawn(self, coroutine: Any, name: str) -> asyncio.Task[None]:
         assert self._loop is not None

@@ -36,7 +36,7 @@ class Service:
     def __init__(self, vcpu: VCpu, pio: Bus, mmio: Bus) -> None:
         self._vcpu = vcpu
         self._stats = vcpu.stats
-        self._reason = 0  # of the exit last counted
+        self.reason = 0  # of the exit last counted
         self._pio = pio
         self._mmio = mmio
         self.hypercall: HypercallHandler | None = None
@@ -62,7 +62,7 @@ class Service:
 
     def count(self) -> bool:
         """Count the exit that has just come; must the next entry complete it?"""
-        self._reason = reason = self._page.exit_reason
+        self.reason = reason = self._page.exit_reason
         if reason == _IO:
             self._stats.numIO += 1
         elif reason == _MMIO:
@@ -80,7 +80,7 @@ class Service:
 
     def is_final(self) -> bool:
         """Is the exit one that nothing answers, and that the next run would only report again?"""
-        return self._reason not in _ANSWERED
+        return self.reason not in _ANSWERED
 
     def begin(self) -> Awaitable[None] | None:
         """Serve the exit: None when it is served, else what to await.
@@ -89,7 +89,7 @@ class Service:
             GuestError: nothing can answer it.
             EndRun: it ends the run.
         """
-        reason = self._reason
+        reason = self.reason
         if reason == _IO:
             return self._serve_io()
         if reason == _MMIO:

@@ -26,6 +26,8 @@ import enum
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import attrs
+
 from .bus import Bus
 from .clock import Clock
 from .cpu import Context, CpuModel, EntryResult
@@ -38,7 +40,7 @@ from .service import HypercallHandler, Service
 from .stats import CpuStatistics
 from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
 
-__all__ = ["VCpu", "VCpuOwner", "VCpuState", "current_vcpu"]
+__all__ = ["VCpu", "VCpuHooks", "VCpuOwner", "VCpuState", "current_vcpu", "serving_vcpu"]
 
 APIC_BASE = 0xFEE0_0800
 APIC_BASE_BSP = 1 << 8
@@ -57,6 +59,12 @@ def current_vcpu() -> VCpu:
         return _current.get()
     except LookupError:
         raise ConfigurationError("no vCPU's access is being served here") from None
+
+
+def serving_vcpu() -> str | None:
+    """The name of the vCPU whose access is being served; None where none is."""
+    vcpu = _current.get(None)
+    return None if vcpu is None else vcpu.name
 
 
 class VCpuState(enum.Enum):
@@ -79,18 +87,31 @@ PENDING = VCpuState.RUNNING_MMIO_PENDING
 _EXIT = EntryResult.EXIT
 
 
+@attrs.frozen
+class VCpuHooks:
+    """What to call when something happens to a vCPU; None: nothing.
+
+    Attributes:
+        left: an entry ended: its result, the exit's reason, guest nanoseconds executed.
+        stalls: a handler has suspended, in words which; what it returns is called when the
+            vCPU goes on.
+        injected: an interrupt is injected; None is an NMI.
+    """
+
+    left: Callable[[EntryResult, int, int], None] | None = None
+    stalls: Callable[[str], Callable[[], None]] | None = None
+    injected: Callable[[int | None], None] | None = None
+
+
 class VCpuOwner(Protocol):
     """What a vCPU tells the machine it belongs to."""
 
     watches_exits: bool
-    """Are exits traced, or writes batched? If not, an exit is served straight away."""
+    """Are writes batched? If not, an exit is served straight away."""
 
     @property
     def posted_lock(self) -> asyncio.Lock:
         """Held while batched writes are being served, so that exits stay behind them."""
-
-    exit_traced: Callable[[VCpu, VmExit], None] | None
-    """Called with every exit before it is served, or None."""
 
     def check_steppable(self) -> None:
         """Raise ConfigurationError if a vCPU cannot be run by hand now."""
@@ -467,6 +488,32 @@ class VCpu:
         if self.model.has_posted():
             await self._service.flush(self._owner.posted_lock)
 
+    def hook(self, hooks: VCpuHooks) -> None:
+        """Call `hooks` from now on, and none of those before.
+
+        They are put around methods of this vCPU, so that without one nothing asks for it.
+        """
+        self._entry.on_end = self._entered
+        self._entry.on_injection = hooks.injected
+        self.__dict__.pop("finish_service", None)
+        if (left := hooks.left) is not None:
+
+            def entered(result: EntryResult) -> None:
+                self._entered(result)
+                left(result, self._service.reason, self._entry.ticks)
+
+            self._entry.on_end = entered
+        if (stalls := hooks.stalls) is not None:
+
+            async def finish_service(rest: Suspended[None]) -> None:
+                over = stalls(self._service.describe_exit())
+                try:
+                    await VCpu.finish_service(self, rest)
+                finally:
+                    over()
+
+            self.finish_service = finish_service  # type: ignore[method-assign]
+
     def on_hypercall(self, handler: HypercallHandler | None) -> None:
         """Have `handler` answer hypercalls."""
         self._service.hypercall = handler
@@ -576,11 +623,8 @@ class VCpu:
     def _begin_service(self) -> Awaitable[None] | None:
         """Serve the exit due: None when it is done, else what to await."""
         owner = self._owner
-        if owner.watches_exits:
-            if owner.exit_traced is not None:
-                owner.exit_traced(self, self.last_exit())
-            if self.model.has_posted() or owner.posted_lock.locked():
-                return self._service.posted_first(owner.posted_lock)
+        if owner.watches_exits and (self.model.has_posted() or owner.posted_lock.locked()):
+            return self._service.posted_first(owner.posted_lock)
         return self._service.begin()
 
     async def finish_service(self, rest: Suspended[None]) -> None:

@@ -12,6 +12,7 @@
 `scale`      many machines, and two that compete
 `machines`   start-up, memory and idle machines
 `peers`      QEMU and Unicorn
+`tracing`    exits with a trace on
 ===========  =================================================================
 
 A family is an asynchronous generator of rows; `FAMILIES` names them.
@@ -31,7 +32,7 @@ import attrs
 from ..errors import ConfigurationError, KvmaioError
 from ..kvm.host import Kvm, kvm_kind
 from ..kvm.promotion import Costs
-from . import compute, exits, kicks, latency, machines, peers, posted, scale, timers
+from . import compute, exits, kicks, latency, machines, peers, posted, scale, timers, tracing
 from .harness import Bench, OtherLoad, Row
 
 __all__ = ["FAMILIES", "LOOPS", "Family", "Report", "measure"]
@@ -65,6 +66,7 @@ FAMILIES = {
     "latency": Family("The loop while a guest storms", latency.measure),
     "scale": Family("Storming machines with async handlers", scale.measure),
     "machines": Family("Idle machines", machines.measure, loop_matters=False),
+    "tracing": Family("Exits with a trace on, async handler", tracing.measure),
     "peers": Family("Against others, one byte after another", peers.measure, loop_matters=False),
 }
 

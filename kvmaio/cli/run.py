@@ -63,6 +63,8 @@ class Options:
     timeout: float | None
     until: str | None
     stats: str | None
+    trace: str | None
+    trace_filter: str | None
     verbose: bool
 
 
@@ -162,6 +164,17 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
     metavar="[text|json]",
     help="Statistics at the end, on standard error.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Record what happens: .json for Perfetto, .vcd for waveform viewers.",
+)
+@click.option(
+    "--trace-filter",
+    metavar="WORDS",
+    help="Record less: kinds and names, such as exit,access,uart*.",
+)
 @click.option("--verbose", is_flag=True, help="Say what is done; registers with an error.")
 def run(
     image: str,
@@ -185,6 +198,8 @@ def run(
         raise click.UsageError(f"--mode is for bare machine code; it contradicts --kind {kind}.")
     if pace is not None and (time != "simulated" or pace == float("inf")):
         raise click.UsageError("--pace is a finite factor, and for --time simulated.")
+    if others["trace_filter"] and not others["trace"]:
+        raise click.UsageError("--trace-filter needs --trace FILE.")
     if until == "":
         raise click.BadParameter("the text is empty", param_hint="--until")
     choice = ImageChoice(
@@ -222,6 +237,8 @@ async def _run(options: Options, kind: str, image: Image) -> int:
     )
     async with machine:
         boot = machine.load(image)
+        if options.trace:
+            machine.trace(options.trace, only=options.trace_filter or "")
         if options.verbose:
             say(f"{kind} image {options.image.path} on {machine!r}, {options.image.mode or kind}")
         await console.connect()

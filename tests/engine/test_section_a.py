@@ -1,14 +1,13 @@
 """gem5's KVM CPU, section A: the state machine, a test per row."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvmaio import Bus, Device, Halted, Register, Stopped, VCpu, VCpuState
 from kvmaio.errors import ConfigurationError
-from kvmaio.exits import HaltExit, InterruptedExit, IoExit, VmExit
+from kvmaio.exits import HaltExit, InterruptedExit, IoExit
 from kvmaio.registers_sync import Newer
 from kvmaio.testing import ManualClock
 from tests.engine.support import Diary, deadline, until
@@ -23,7 +22,6 @@ SPIN = ("again:", "inc bx", "jmp again")
 class Nobody:
     """A vCPU's owner that does nothing."""
 
-    exit_traced: Callable[[VCpu, VmExit], None] | None = None
     watches_exits = False
 
     def __init__(self) -> None:

@@ -1,0 +1,217 @@
+"""`ChromeTrace`: trace-event JSON, which Perfetto and ``chrome://tracing`` open.
+
+Source: "Trace Event Format" (Google), the JSON array form: complete events (``X``),
+instants (``i``), counters (``C``) and metadata (``M``), times in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .records import (
+    AccessRecord,
+    AlarmRecord,
+    DrainRecord,
+    ExitRecord,
+    FaultRecord,
+    InterruptRecord,
+    LineRecord,
+    Record,
+    StallRecord,
+)
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+__all__ = ["ChromeTrace"]
+
+MOST_UNWRITTEN = 128
+UNWRITTEN_FOR_S = 0.2
+"""Records are written once there are so many, or when one comes after this time. Together, for
+Python does a thing many times in a row much faster than once in a while between exits."""
+
+_PID = 1
+_monotonic = time.monotonic
+
+
+class ChromeTrace:
+    """A trace file in trace-event JSON; see `kvmaio.trace.TraceFile`.
+
+    One track for each vCPU (what it executed, its stalls and interrupts), each device
+    (its accesses, with values) and each interrupt line. Memory does not grow with the
+    trace. A file is valid JSON after each write, even if the process is then killed; a
+    pipe gets its closing bracket at the end, which viewers do not need.
+
+    Args:
+        path: the file; it is emptied first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until close)
+        self._seekable = self._file.seekable()
+        self._end = 0  # where the closing bracket goes
+        self._records: list[Record] = []
+        self._events: list[str] = []  # tracks that the next event needs
+        self._written_at = _monotonic()
+        self._began_ns = 0
+        self._tracks: dict[str, int] = {}
+        self._prefixes: dict[tuple[object, ...], str] = {}
+        self._left_ns: dict[str, int] = {}  # vCPU -> the end of its last time in the guest
+        self._formats: dict[type, Callable[[Any], str]] = {
+            ExitRecord: self._exit,
+            AccessRecord: self._access,
+            StallRecord: self._stall,
+            LineRecord: self._line,
+            InterruptRecord: self._interrupt,
+            AlarmRecord: self._alarm,
+            DrainRecord: self._drain,
+            FaultRecord: self._fault,
+        }
+
+    def begin(self, machine: Machine) -> None:
+        self._began_ns = machine.clock.now_ns
+        self._events.append(_metadata("process_name", 0, machine.name))
+        for source in (*(vcpu.name for vcpu in machine.vcpus), *machine.devices):
+            self._track(source)
+        self._write()
+
+    def __call__(self, record: Record) -> None:
+        records = self._records
+        records.append(record)
+        if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
+            self._write()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._write(last=True)
+            self._file.close()
+
+    # ---- events, each as text -------------------------------------------------------------
+
+    # What is the same in each is made once, and times are written as 123e-3: with json.dumps(),
+    # or with a division, a trace would take half of the exits a second.
+
+    def _exit(self, record: ExitRecord) -> str:
+        time_ns, source, reason, ticks, exit_ = record
+        # Executed time is measured by another clock than time: events must not overlap.
+        begun_ns = max(time_ns - ticks, self._left_ns.get(source, self._began_ns))
+        self._left_ns[source] = time_ns
+        prefix = self._prefixes.get((source, reason)) if exit_ is None else None
+        if prefix is None:
+            arguments = {"exit": reason} if exit_ is None else {"exit": reason, "is": str(exit_)}
+            prefix = self._prefix("guest", "exit", source, arguments) + "},"
+            if exit_ is None:
+                self._keep((source, reason), prefix)
+        return (
+            f'{prefix}"ts":{begun_ns - self._began_ns}e-3,"dur":{max(0, time_ns - begun_ns)}e-3}}'
+        )
+
+    def _access(self, record: AccessRecord) -> str:
+        what = record[1:8]  # all but times and value
+        prefix = self._prefixes.get(what)
+        if prefix is None:
+            source, vcpu, register, bus, address, size, is_write = what
+            name = f"{'write' if is_write else 'read'} {register or hex(address)}"
+            arguments = {"by": vcpu, bus: hex(address), "size": size}
+            prefix = self._prefix(name, "access", source, arguments) + ',"value":'
+            self._keep(what, prefix)
+        value = record.value
+        shown = "null" if value is None else f'"{value:#x}"'
+        return (
+            f'{prefix}{shown}}},"ts":{record.time_ns - self._began_ns}e-3,'
+            f'"dur":{record.duration_ns}e-3}}'
+        )
+
+    def _stall(self, record: StallRecord) -> str:
+        prefix = self._prefix("stall", "stall", record.source, {"for": record.access})
+        return f'{prefix}}},"ts":{self._ts(record)},"dur":{record.duration_ns}e-3}}'
+
+    def _line(self, record: LineRecord) -> str:
+        # Counters belong to the process; their name is their track.
+        prefix = self._prefix(record.source, "irq", None, {"level": int(record.level)}, "C")
+        return f'{prefix}}},"ts":{self._ts(record)}}}'
+
+    def _interrupt(self, record: InterruptRecord) -> str:
+        what = "NMI" if record.vector is None else f"interrupt {record.vector:#x}"
+        return self._instant(record, "interrupt", what)
+
+    def _alarm(self, record: AlarmRecord) -> str:
+        deadline_us = (record.deadline_ns - self._began_ns) / 1e3
+        return self._instant(record, "alarm", "alarm" if record.rang else "arm", us=deadline_us)
+
+    def _drain(self, record: DrainRecord) -> str:
+        return self._instant(record, "drain", record.step)
+
+    def _fault(self, record: FaultRecord) -> str:
+        return self._instant(record, "fault", record.what)
+
+    def _instant(self, record: Record, kind: str, name: str, **arguments: Any) -> str:
+        prefix = self._prefix(name, kind, record.source, arguments, "i")
+        return f'{prefix}}},"s":"t","ts":{self._ts(record)}}}'
+
+    # ---- parts --------------------------------------------------------------------------
+
+    def _ts(self, record: Record) -> str:
+        return f"{record.time_ns - self._began_ns}e-3"
+
+    def _prefix(
+        self, name: str, kind: str, source: str | None, arguments: dict[str, Any], phase: str = "X"
+    ) -> str:
+        """An event up to its last argument."""
+        track = "" if source is None else f',"tid":{self._track(source)}'
+        return (
+            f'{{"name":{json.dumps(name)},"cat":"{kind}","ph":"{phase}","pid":{_PID}{track},'
+            f'"args":{json.dumps(arguments)[:-1]}'
+        )
+
+    def _keep(self, key: tuple[object, ...], prefix: str) -> None:
+        # Not too many: a guest names addresses as it likes.
+        if len(self._prefixes) >= 1 << 12:
+            self._prefixes.clear()
+        self._prefixes[key] = prefix
+
+    def _track(self, source: str) -> int:
+        track = self._tracks.get(source)
+        if track is None:
+            track = self._tracks[source] = len(self._tracks) + 1
+            self._events.append(_metadata("thread_name", track, source))
+        return track
+
+    def _write(self, *, last: bool = False) -> None:
+        events, formats = self._events, self._formats
+        for record in self._records:
+            event = formats[type(record)](record)
+            events.append(event)
+        text = ",\n".join(events)
+        events.clear()
+        self._records.clear()
+        self._written_at = _monotonic()
+        if text:
+            text = f"{',' if self._end else '['}\n{text}"
+        elif not self._end:
+            text = "["
+        data = text.encode()
+        if self._seekable:
+            self._file.seek(self._end)
+        _write_all(self._file, data + b"\n]\n" if self._seekable or last else data)
+        self._end += len(data)
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _metadata(what: str, track: int, name: str) -> str:
+    return (
+        f'{{"name":"{what}","ph":"M","pid":{_PID},"tid":{track},"ts":0,'
+        f'"args":{{"name":{json.dumps(name)}}}}}'
+    )
