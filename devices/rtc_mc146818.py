@@ -176,18 +176,19 @@ class RtcMc146818(Device):
         self._checked_ns = self._time_ns()
 
     def save(self) -> dict[str, Any]:
+        self._time_ns()  # if the clock is another one by now, the base follows
         return {
             "cmos": bytes(self.cmos),
-            "time_ns": self._time_ns(),
+            "base_ns": self._base_ns,
+            "held_ns": self._held_ns,
             "checked_ns": self._checked_ns,
-            "held": self._held_ns is not None,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.cmos[:] = state["cmos"]
         self._base_clock = self.clock
-        self._base_ns = state["time_ns"] - self.clock.now_ns
-        self._held_ns = state["time_ns"] if state["held"] else None
+        self._base_ns = state["base_ns"]
+        self._held_ns = state["held_ns"]
         self._checked_ns = state["checked_ns"]
 
     @property

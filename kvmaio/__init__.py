@@ -8,6 +8,7 @@ How the package is laid out, in the order in which one may want to read it:
 `bus`               from an address to a device
 `memory`            the guest's RAM and ROM
 `vcpu`              the state machine of a virtual CPU and its run loop
+`checkpoint`        a machine's whole state as a value and a file; `snapshot` takes it
 `drain`             everything in flight brought to rest, as a barrier to await
 `entry`             into the guest and back: sync, inject, run, account
 `service`           from an exit to whoever answers it; `exits` names the reasons
@@ -23,6 +24,7 @@ How the package is laid out, in the order in which one may want to read it:
 """
 
 from .bus import Bus, Unmapped
+from .checkpoint import Checkpoint
 from .cpu import Context, CpuState
 from .device import Device
 from .doorbell import Doorbell
@@ -49,6 +51,7 @@ from .vcpu import VCpu, VCpuState, current_vcpu
 __all__ = [
     "Access",
     "Bus",
+    "Checkpoint",
     "CheckpointError",
     "ConfigurationError",
     "Context",

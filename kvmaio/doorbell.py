@@ -40,6 +40,12 @@ class Doorbell:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def put_back(self, pending: int) -> None:
+        """As in a checkpoint: so many rings wait."""
+        self.pending = 0
+        if pending:
+            self.ring(pending)
+
     def __aiter__(self) -> AsyncIterator[int]:
         return self
 

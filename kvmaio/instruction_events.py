@@ -90,6 +90,11 @@ class InstructionEvents:
         self._since_reset = 0 if self._stop.counts_always else -self._stop.counted
         self._tell()
 
+    def resume_at(self, count: int | None) -> None:
+        """The guest has been restored to where it had executed `count` instructions."""
+        self._since_reset = None if count is None else count - self._stop.counted
+        self._tell()
+
     @property
     def count(self) -> int | None:
         """Instructions executed since the reset; None if somebody ran them uncounted."""

@@ -47,6 +47,11 @@ class Interrupts:
         self._vectors.remove(vector)
         return vector
 
+    @property
+    def pending(self) -> list[int]:
+        """The vectors that wait, in order."""
+        return sorted(self._vectors)
+
     def clear(self) -> None:
         """Forget everything (INIT)."""
         self._vectors.clear()

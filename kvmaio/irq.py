@@ -40,6 +40,11 @@ class IrqLine:
             self._own = level
             self._drive(level)
 
+    @property
+    def own(self) -> bool:
+        """What `set()` last drove; the line is also high while another input is."""
+        return self._own
+
     def pulse(self) -> None:
         """Raise the line and lower it again: one edge."""
         self.set(True)

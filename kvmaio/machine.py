@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from . import snapshot
 from .boot.faults import FaultFrame
 from .boot.image import BootState, Image
 from .bus import Bus, Unmapped
+from .checkpoint import Checkpoint
 from .clock import LoopClock
 from .declared_paths import DeclaredPaths
 from .device import Device
@@ -85,6 +87,8 @@ class Machine:
         pio, mmio: the two buses.
         vcpus: the virtual CPUs; empty until the machine is entered.
         clock: guest time.
+        lines: the interrupt lines by number, as far as somebody asked for them.
+        fault_frame: where the loaded image leaves word of a fault, or None.
         barrier: what a drain lowers; for `kvmaio.drained()`.
 
     Raises:
@@ -129,7 +133,8 @@ class Machine:
         self._clock_hz = clock_hz
         self._cpuid = cpuid
         self._hypercall: HypercallHandler | None = None
-        self._lines: dict[int, IrqLine] = {}
+        self.lines: dict[int, IrqLine] = {}
+        self._activities: dict[str, asyncio.Task[None]] = {}  # device name -> its run()
         self._names: Counter[str] = Counter()
         self._paths = DeclaredPaths()
         self._platform: Platform | None = None
@@ -139,7 +144,7 @@ class Machine:
         self._tasks: list[asyncio.Task[None]] = []
         self._handler_tasks: list[asyncio.Task[None]] = []  # of these, what serves accesses
         self._has_run = False
-        self._fault_frame: int | None = None
+        self.fault_frame: int | None = None
         self._delivers = False
         self._run_active = False
         self._ending: Outcome | BaseException | None = None
@@ -174,7 +179,7 @@ class Machine:
                 self.vcpus.append(self._make_vcpu(model))
             platform.set_cpuid(self._cpuid or "emulator-safe")
             self._paths.open(platform, self.vcpus[0].model.ring_doorbells)
-            for number, line in self._lines.items():
+            for number, line in self.lines.items():
                 line.connect(self._irq_sink(platform, number))
         except BaseException:
             self._close_cpus()
@@ -327,21 +332,16 @@ class Machine:
 
     def irq(self, number: int) -> IrqLine:
         """Interrupt line `number` (a GSI where the irqchip is KVM's)."""
-        line = self._lines.get(number)
+        line = self.lines.get(number)
         if line is None:
             if number < 0:
                 raise ConfigurationError(f"interrupt line {number}: lines are numbered from 0")
             line = IrqLine(f"irq{number}")
             if self._platform is not None:
                 line.connect(self._irq_sink(self._platform, number))
-            self._lines[number] = line
+            self.lines[number] = line
             self.tracing.refresh()
         return line
-
-    @property
-    def lines(self) -> list[IrqLine]:
-        """The interrupt lines that `irq()` has made."""
-        return list(self._lines.values())
 
     def irqfd(self, number: int) -> int:
         """An eventfd, each write of 1 to which (``os.eventfd_write``) is an edge on line `number`.
@@ -376,7 +376,7 @@ class Machine:
         state = image.place(self.memory)
         if isinstance(self._ending, Outcome | GuestError):
             self._ending = None  # it was the previous guest's
-        self._fault_frame = state.fault_frame
+        self.fault_frame = state.fault_frame
         if state.platform == "pc":
             self.pio.unmapped = self.mmio.unmapped = Unmapped.OPEN_BUS
         # KVM fixes it at the first entry.
@@ -437,6 +437,76 @@ class Machine:
         """End `run()` with ``Stopped(reason)``; nothing happens if it is not running."""
         if self._run_active:
             self._end(Stopped(reason))
+
+    # ---- checkpoints (what they hold: snapshot.py) -------------------------------------
+
+    async def checkpoint(self, timeout: float | None = DRAIN_TIMEOUT_S) -> Checkpoint:
+        """The machine's whole state as a value; drains for it unless it is drained already.
+
+        Raises:
+            DrainTimeout: it did not come to rest within `timeout` seconds of the loop's time.
+            ConfigurationError: called by what the drain would wait for; or the machine has
+                failed with an error that no `run()` has raised yet.
+            CheckpointError: a device's state is not plain data.
+        """
+        async with self.drained(timeout):
+            return snapshot.capture(self)
+
+    async def restore(
+        self, checkpoint: Checkpoint, timeout: float | None = DRAIN_TIMEOUT_S
+    ) -> None:
+        """Have the machine be as it was when `checkpoint` was taken, here or elsewhere.
+
+        A machine of the same shape takes it: the same sizes, interrupt controller and
+        attached devices; a fresh one needs no `load()`. Into a machine that was restored
+        to the same checkpoint before, only what changed since is put back. Devices'
+        `run()` is cancelled and begins anew. A `run()` of the machine that is active goes
+        on from there.
+
+        Raises:
+            CheckpointError: it does not fit; the machine is as it was.
+            ConfigurationError: called by what it would wait for, or it exchanges KVM's
+                interrupt controllers for others.
+            HostError: the host refused; the machine is in no defined state.
+        """
+        if asyncio.current_task() in self._activities.values():
+            raise ConfigurationError(
+                f"{self.name} cannot be restored by run() of a device, which that would end"
+            )
+        async with self.drained(timeout):
+            snapshot.check_fits(self, checkpoint)
+            activities, self._activities = list(self._activities.values()), {}
+            for task in activities:
+                task.cancel()
+                self._tasks.remove(task)
+            try:
+                if activities:
+                    _, late = await asyncio.wait(activities, timeout=SETTLE_LIMIT_S)
+                    for task in late:
+                        _log.warning("%s ignores its cancellation", task.get_name())
+                self._opened()
+                snapshot.put_back(self, checkpoint)
+            finally:
+                if self._has_run and not self._closed:
+                    for device in self.devices.values():
+                        self._start_device(device)
+
+    @property
+    def platform(self) -> Platform:
+        """The host's part of the machine."""
+        return self._opened()
+
+    def kept_outcome(self) -> Outcome | None:
+        """What ended the guest and no `run()` has returned yet."""
+        if isinstance(self._ending, BaseException):
+            raise ConfigurationError(
+                f"{self.name} has failed and cannot be saved: {self._ending}"
+            ) from self._ending
+        return self._ending
+
+    def keep_outcome(self, outcome: Outcome | None) -> None:
+        """Have the next `run()`, or the active one when the machine goes on, return it."""
+        self._ending = outcome
 
     # ---- draining ----------------------------------------------------------------------
 
@@ -564,9 +634,9 @@ class Machine:
         self._end_if_halted()
 
     def ended(self, vcpu: VCpu, outcome: Outcome) -> None:
-        if isinstance(outcome, Shutdown) and self._fault_frame is not None:
+        if isinstance(outcome, Shutdown) and self.fault_frame is not None:
             # The registers tell of the shutdown, on some hosts of a reset: this of its cause.
-            fault = FaultFrame.read(self.memory, self._fault_frame)
+            fault = FaultFrame.read(self.memory, self.fault_frame)
             if fault is not None:
                 outcome = Shutdown(f"{fault}\n{outcome.dump}")
         if self.barrier.is_moving:
@@ -610,7 +680,8 @@ class Machine:
     def _start_device(self, device: Device) -> None:
         if type(device).run is not Device.run:
             activity = self._activity(device.run(), f"{device.name}.run()")
-            self._spawn(activity, f"{self.name}.{device.name}")
+            task = self._spawn(activity, f"{self.name}.{device.name}")
+            self._activities[device.name] = task
 
     def _start_delivery(self) -> None:
         if self._paths.any_posted and not self._delivers:

@@ -6,10 +6,14 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
 
 from .errors import ConfigurationError, HostError
+
+if TYPE_CHECKING:
+    from .memory_image import MemoryImage
 
 __all__ = ["GuestMemory", "MemoryRegion", "parse_size"]
 
@@ -67,10 +71,12 @@ class GuestMemory:
 
     Attributes:
         regions: ordered by address, never overlapping.
+        image: the `MemoryImage` that lies beneath, or None.
     """
 
     def __init__(self) -> None:
         self.regions: list[MemoryRegion] = []
+        self.image: MemoryImage | None = None
         self._bases: list[int] = []
         self._watchers: list[
             tuple[Callable[[MemoryRegion], None], Callable[[MemoryRegion], None]]
@@ -105,9 +111,14 @@ class GuestMemory:
         region.mapping[: len(data)] = data
         return region
 
+    def add_region(self, base: int, size: int, *, readonly: bool) -> MemoryRegion:
+        """Add zeroed RAM or ROM; see `add_ram` and `add_rom`."""
+        return self._add(base, size, readonly=readonly)
+
     def remove(self, region: MemoryRegion) -> None:
         """Take a region away again; views of it stay valid but lead nowhere."""
         index = self.regions.index(region)
+        self.image = None
         del self.regions[index], self._bases[index]
         for _, removed in self._watchers:
             removed(region)
@@ -209,6 +220,7 @@ class GuestMemory:
                 "mmap", getattr(error, "errno", None) or 12, f"no room for {size:#x} bytes of RAM"
             ) from None
         region = MemoryRegion(base, size, readonly, mapping)
+        self.image = None
         index = bisect_right(self._bases, base)
         self.regions.insert(index, region)
         self._bases.insert(index, base)

@@ -20,6 +20,10 @@ class Platform(Protocol):
 
     kind: str
 
+    @property
+    def host_kind(self) -> str | None:
+        """The host's kind of KVM, such as ``SVM``; None without KVM."""
+
     def attach_memory(self, memory: GuestMemory) -> None:
         """Show the guest this memory, and follow its changes."""
 
@@ -56,6 +60,16 @@ class Platform(Protocol):
 
     def irqfd(self, number: int) -> int:
         """An eventfd, each write of 1 to which is an edge on interrupt line `number`."""
+
+    def save(self) -> dict[str, bytes | int]:
+        """State beside the CPUs' own, for a checkpoint: name -> structure or number."""
+
+    def restore(self, saved: dict[str, bytes | int]) -> None:
+        """Take back what `save()` gave, here or on another platform; the CPUs come later.
+
+        Raises:
+            CheckpointError: it cannot be had here.
+        """
 
     def close(self) -> None:
         """Give everything back; the CPU models are closed before."""

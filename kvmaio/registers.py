@@ -173,6 +173,18 @@ class Register(Generic[T]):
         """Set the register's value on `device`."""
         device.__dict__[self.name] = value
 
+    def save(self, device: object) -> int:
+        """The register's value on `device` for a checkpoint."""
+        value = device.__dict__[self.name]
+        return value.pending if self.doorbell else int(value)
+
+    def load(self, device: object, value: int) -> None:
+        """Take back what `save()` gave."""
+        if self.doorbell:
+            device.__dict__[self.name].put_back(value)
+        else:
+            self.store(device, self.typed(value))
+
     def typed(self, value: int) -> Any:
         """`value` cut to the register's width and converted to its type."""
         value &= self.mask

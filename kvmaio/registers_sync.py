@@ -92,6 +92,13 @@ class SyncedContext:
         self._apply(_flat(context))
         self.newer = Newer.CONTEXT
 
+    def taken(self, context: Context) -> None:
+        """The model has been given all of `context`."""
+        self._edited.clear()
+        self._apply(_flat(context))
+        self.newer = Newer.NEITHER
+        self.access_pending = False
+
     def use_model(self, model: CpuModel) -> None:
         """Another model takes over; it has been given the registers."""
         self._model = model

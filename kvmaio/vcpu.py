@@ -29,8 +29,9 @@ from typing import Protocol
 import attrs
 
 from .bus import Bus
+from .checkpoint import SavedCpu
 from .clock import Clock
-from .cpu import Context, CpuModel, EntryResult
+from .cpu import Context, CpuModel, CpuState, EntryResult
 from .decode import decode
 from .entry import Entry
 from .errors import ConfigurationError, GuestError
@@ -185,6 +186,7 @@ class VCpu:
         self._resumes = False  # drained while it was active
         self._drain_error: Exception | None = None
         self._drain_waiters: list[asyncio.Future[None]] = []
+        self._restored: CpuState | None = None  # and not entered since
 
     # ---- what users see -----------------------------------------------------------
 
@@ -229,6 +231,7 @@ class VCpu:
         if self._state is IDLE:
             raise ConfigurationError(f"{self.name} is idle; activate() or wakeup() it first")
         limit_ns = self._entry.limit_ns(ticks)
+        self._restored = None
         self.was_stepped = True
         self._exit_due = False
         if self._state is SERVICE:
@@ -415,6 +418,7 @@ class VCpu:
 
     def allow(self) -> None:
         """Let the run loop run."""
+        self._restored = None
         self._allowed = True
         self._wake.set()
 
@@ -466,6 +470,7 @@ class VCpu:
         """Take over `context` whole; the vCPU is fresh and idle."""
         self.check_loadable()
         self._resumes = False
+        self._restored = None
         self._exit_due = self._begun = False
         self._entry.abandon_access()
         self._registers.replace(context)
@@ -474,6 +479,55 @@ class VCpu:
         self.halted = self._suspended = False
         if self._entry.events is not None:
             self._entry.events.reset()
+
+    def save(self) -> SavedCpu:
+        """All state, at rest. What was restored and not entered since is given as it was.
+
+        The processor's clocks go on, and KVM hands some values back in another form.
+        """
+        registers = attrs.evolve(self._registers.get())
+        self._entry.push_registers()
+        state = self.model.read_state()
+        if self._restored is not None:
+            fresh = state
+            state = attrs.evolve(self._restored, context=registers)
+            if self.model.has_lapic:  # lines and other vCPUs may have reached it
+                state = attrs.evolve(
+                    state, lapic=fresh.lapic, events=fresh.events, mp_state=fresh.mp_state
+                )
+        events = self._entry.events
+        engine = {
+            "active": self._resumes,
+            "fresh": self._fresh,
+            "halted": self.halted,
+            "suspended": self._suspended,
+            "was_stepped": self.was_stepped,
+            "vectors": self.interrupts.pending,
+            "nmi": self.interrupts.nmi,
+            "instructions": self.stats.numInsts if events is None else events.count,
+        }
+        return SavedCpu(state, engine)
+
+    def restore(self, saved: SavedCpu) -> None:
+        """Take back what `save()` gave, at rest; see `drain`."""
+        engine = saved.engine
+        self._exit_due = self._begun = False
+        self._drain_error = None
+        self.model.write_state(saved.state)
+        self._registers.taken(saved.state.context)
+        self._restored = saved.state
+        self._become_idle()
+        self._resumes = bool(engine["active"])
+        self._fresh = bool(engine["fresh"])
+        self.halted = bool(engine["halted"])
+        self._suspended = bool(engine["suspended"])
+        self.was_stepped = self.was_stepped or bool(engine["was_stepped"])
+        self.interrupts.clear()
+        for vector in engine["vectors"]:
+            self.interrupts.add(vector)
+        self.interrupts.nmi = bool(engine["nmi"])
+        if self._entry.events is not None:
+            self._entry.events.resume_at(engine["instructions"])
 
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
@@ -592,6 +646,8 @@ class VCpu:
                     self._state = RUNNING
             elif self._exit_due or await entry.drain() is None:
                 self._rest_now()
+            else:
+                self._restored = None
 
     def _rest_now(self) -> None:
         self._registers.get()

@@ -301,6 +301,7 @@ class ScriptedPlatform:
     """See `kvmaio.platform.Platform`: a host that has nothing but these CPUs."""
 
     kind = "scripted"
+    host_kind = None
 
     def __init__(self, cpus: tuple[ScriptedCpu, ...]) -> None:
         self._cpus = cpus
@@ -320,6 +321,12 @@ class ScriptedPlatform:
 
     def irq_sink(self, number: int) -> None:
         return None
+
+    def save(self) -> dict[str, bytes | int]:
+        return {}
+
+    def restore(self, saved: dict[str, bytes | int]) -> None:
+        pass
 
     def close(self) -> None:
         pass

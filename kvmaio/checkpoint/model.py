@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import attrs
 
@@ -41,6 +41,7 @@ class Head:
     time_ns: int
     base: str | None
     created_by: CreatedBy
+    engine: dict[str, Any]
 
 
 class Checkpoint:
@@ -60,7 +61,7 @@ class Checkpoint:
         memory: region base -> its pages.
     """
 
-    __slots__ = ("_digest", "_head", "_sections", "memory")
+    __slots__ = ("__weakref__", "_digest", "_head", "_sections", "memory")
 
     memory: Mapping[int, MemoryPages]
 
@@ -75,6 +76,7 @@ class Checkpoint:
         statistics: Mapping[str, Mapping[str, int | None]],
         memory: Mapping[int, MemoryPages],
         created_by: CreatedBy,
+        engine: Mapping[str, Any] | None = None,
     ) -> None:
         """A complete checkpoint.
 
@@ -87,13 +89,15 @@ class Checkpoint:
             statistics: component -> name -> count, None if unknown.
             memory: region base -> complete pages, for each region of `shape`.
             created_by: versions and kinds.
+            engine: what the machine itself knows, as plain data.
 
         Raises:
             CheckpointError: something is not plain data, or the parts do not fit together.
         """
+        head = Head(shape, time_ns, None, created_by, dict(engine or {}))
         self._set(
             {
-                "machine": encode(to_plain(Head(shape, time_ns, None, created_by)), "machine"),
+                "machine": encode(to_plain(head), "machine"),
                 "cpus": encode([to_plain(cpu) for cpu in cpus], "cpus"),
                 "devices": encode(to_plain(dict(devices)), "devices"),
                 "vm": encode(dict(vm), "vm"),
@@ -139,6 +143,12 @@ class Checkpoint:
     def created_by(self) -> CreatedBy:
         """Who took it: versions and kinds."""
         return self._head.created_by
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What the machine itself knows, as plain data."""
+        head: Head = from_plain(decode(self._sections["machine"]), Head, "machine")
+        return head.engine
 
     @property
     def cpus(self) -> list[SavedCpu]:

@@ -47,6 +47,14 @@ class Block:
             self._digest = hashlib.sha256(self.data).digest()
         return self._digest
 
+    def runs(self) -> Iterator[tuple[int, memoryview]]:
+        """The stored pages as pieces that belong together: byte offset in the block, content."""
+        content, done = memoryview(self.data), 0
+        for first, last in _runs(self.stored):
+            length = (last - first) * PAGE_SIZE
+            yield first * PAGE_SIZE, content[done : done + length]
+            done += length
+
     def page(self, number: int) -> memoryview | None:
         """Page `number` of the block, or None where it is zeros."""
         if not self.stored >> number & 1:

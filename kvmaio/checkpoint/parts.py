@@ -131,11 +131,12 @@ class SavedCpu:
 
 @attrs.define
 class SavedDevice:
-    """One device: its registers by name, its alarm, and what its `save()` gave; plain data."""
+    """One device: its registers by name, its alarm, what its `save()` gave, its line's level."""
 
     registers: dict[str, Any] = attrs.field(factory=dict)
     alarm: Any = None
     state: dict[str, Any] = attrs.field(factory=dict)
+    irq: bool = False
 
 
 # ---- to plain data and back ------------------------------------------------------------

@@ -104,6 +104,7 @@ class KvmCpu:
             4: ffi.cast("uint32_t *", raw),
         }
         self.mmio_word = ffi.cast("uint64_t *", self.page.mmio.data)
+        self.cpuid: tuple[CpuidEntry, ...] = ()
         self.fast: FastPaths | None = None
         self._suspended_fast: Any = None
         self._stop: SingleStepper | None = None
@@ -270,6 +271,7 @@ class KvmCpu:
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
         """Say what the guest's CPUID instruction tells; before the first entry."""
         state.set_cpuid(self.fd, entries)
+        self.cpuid = tuple(entries)
 
     def enable_xcr0(self) -> None:
         """Set XCR0 to what the host offers of x87, SSE and AVX (SDM vol. 1, 13.3)."""

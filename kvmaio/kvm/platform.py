@@ -14,6 +14,7 @@ from ._native import lib
 from .cpu import KvmCpu
 from .fast import FastPaths
 from .hub import Hub
+from .saving import get_vm_state, set_vm_state
 from .vm import KvmVm
 
 __all__ = ["KvmPlatform"]
@@ -32,6 +33,7 @@ class KvmPlatform:
         self._fast: FastPaths | None = None
         self._irqfds: list[int] = []
         self.hub = Hub.acquire()
+        self.host_kind = self.hub.kvm.kind
         try:
             self.vm = KvmVm(self.hub.kvm)
         except BaseException:
@@ -127,6 +129,12 @@ class KvmPlatform:
     def _check_line(self, number: int) -> None:
         if not 0 <= number < GSIS:
             raise ConfigurationError(f"interrupt line {number}: KVM's IOAPIC has 0 to {GSIS - 1}")
+
+    def save(self) -> dict[str, bytes | int]:
+        return get_vm_state(self.vm, self._cpus)
+
+    def restore(self, saved: dict[str, bytes | int]) -> None:
+        set_vm_state(self.vm, self._cpus, saved)
 
     def close(self) -> None:
         if self._fast is not None:

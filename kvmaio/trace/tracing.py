@@ -191,7 +191,7 @@ class Tracing:
 
     def _lines(self) -> list[IrqLine]:
         outputs = (device.irq for device in self._machine.devices.values())
-        return [*self._machine.lines, *outputs]
+        return [*self._machine.lines.values(), *outputs]
 
     def _hook(self) -> None:
         machine = self._machine

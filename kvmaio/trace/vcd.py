@@ -62,7 +62,7 @@ class VcdTrace:
         register_var = self._writer.register_var
         for vcpu in machine.vcpus:
             self._exits[vcpu.name] = register_var(vcpu.name, "exit", "reg", size=8)
-        for line in machine.lines:
+        for line in machine.lines.values():
             variable = register_var("irq", line.name, "wire", size=1, init=int(line.level))
             self._lines[line.name] = variable
         for device in machine.devices.values():

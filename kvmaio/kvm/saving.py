@@ -1,0 +1,86 @@
+"""A VM's state beside its vCPUs', for checkpoints: interrupt controllers, PIT, clock, CPUID."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError, ConfigurationError, HostError
+from ._native import lib
+from .cpuid import CpuidEntry
+
+if TYPE_CHECKING:
+    from .cpu import KvmCpu
+    from .vm import KvmVm
+
+__all__ = ["get_vm_state", "set_vm_state"]
+
+_CHIPS = {
+    "kvm_pic_master": lib.KVM_IRQCHIP_PIC_MASTER,
+    "kvm_pic_slave": lib.KVM_IRQCHIP_PIC_SLAVE,
+    "kvm_ioapic": lib.KVM_IRQCHIP_IOAPIC,
+}
+_ENTRY = struct.Struct("<7I")  # of CPUID: function, index, flags, eax, ebx, ecx, edx
+
+State = dict[str, bytes | int]
+
+
+def get_vm_state(vm: KvmVm, cpus: Sequence[KvmCpu]) -> State:
+    """By name: the kernel's structures, and each vCPU's CPUID table."""
+    state: State = {f"kvm_cpuid{cpu.index}": _pack(cpu.cpuid) for cpu in cpus}
+    if vm.kvm.capability(lib.KVM_CAP_ADJUST_CLOCK):
+        state["kvm_clock"] = vm.get_clock()
+    if vm.irqchip == "kernel":
+        state |= {name: vm.get_irqchip(chip) for name, chip in _CHIPS.items()}
+        state["kvm_pit"] = vm.get_pit()
+    return state
+
+
+def set_vm_state(vm: KvmVm, cpus: Sequence[KvmCpu], state: State) -> None:
+    """Take it back. What another CPU model has saved is not there, and stays as it is.
+
+    Raises:
+        CheckpointError: a structure is not KVM's, or the guest has run with other CPUID.
+        HostError: the host refused.
+    """
+    for cpu in cpus:
+        table = state.get(f"kvm_cpuid{cpu.index}")
+        if isinstance(table, bytes):
+            _set_cpuid(cpu, table)
+    try:
+        if isinstance(clock := state.get("kvm_clock"), int):
+            vm.set_clock(clock)
+        if vm.irqchip == "kernel":
+            for name in _CHIPS:
+                vm.set_irqchip(_structure(state, name))
+            vm.set_pit(_structure(state, "kvm_pit"))
+    except (ConfigurationError, OverflowError) as error:
+        raise CheckpointError(f"vm: {error}") from None
+
+
+def _structure(state: State, name: str) -> bytes:
+    structure = state.get(name)
+    if not isinstance(structure, bytes):
+        raise CheckpointError(f"vm: {name} is missing")
+    return structure
+
+
+def _set_cpuid(cpu: KvmCpu, table: bytes) -> None:
+    if table == _pack(cpu.cpuid):
+        return
+    if len(table) % _ENTRY.size:
+        raise CheckpointError("vm: a CPUID table that is cut off")
+    try:
+        cpu.set_cpuid([CpuidEntry(*words) for words in _ENTRY.iter_unpack(table)])
+    except HostError as error:
+        raise CheckpointError(
+            "the checkpoint's CPUID differs from this machine's, which KVM fixes when the guest "
+            f"is first entered ({error}); restore into a fresh machine"
+        ) from None
+
+
+def _pack(entries: Sequence[CpuidEntry]) -> bytes:
+    return b"".join(
+        _ENTRY.pack(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in entries
+    )

@@ -1,0 +1,344 @@
+"""Checkpoint and restore: nothing is lost, here, elsewhere, and again."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from kvmaio import (
+    Checkpoint,
+    CheckpointError,
+    Device,
+    Exited,
+    Halted,
+    Machine,
+    Register,
+    Stopped,
+    VCpuState,
+)
+from kvmaio.boot import Flat
+from kvmaio.devices import CountdownTimer, DebugExit
+from kvmaio.errors import ConfigurationError
+from tests.assembler import assemble
+from tests.engine.support import Diary, deadline, until
+
+IDLE, RUNNING = VCpuState.IDLE, VCpuState.RUNNING
+PENDING = VCpuState.RUNNING_MMIO_PENDING
+
+# Counts in memory and tells the port every 64 steps.
+COUNTING = (
+    *("mov bx, 0x5000", "again: inc word ptr [bx]", "mov ax, [bx]"),
+    *("test al, 0x3f", "jnz again", "out 0x60, al", "jmp again"),
+)
+
+
+def counted(machine: Machine) -> int:
+    return int.from_bytes(machine.memory.read(0x5000, 2), "little")
+
+
+@pytest.fixture
+async def pair(boot):
+    """Two machines of one shape."""
+
+    def make() -> tuple[Machine, Machine]:
+        return boot(*COUNTING), boot("hlt")
+
+    return make
+
+
+@pytest.mark.kvm
+async def test_goes_on_in_another_machine(pair):
+    one, other = pair()
+    for machine in (one, other):
+        machine.attach(Diary(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(one.run())
+        await until(lambda: counted(one) > 100)
+        saved = await one.checkpoint()
+        at = counted(one)
+        await until(lambda: counted(one) > at + 100)  # it goes on, unharmed
+        one.stop()
+        await run
+        await other.restore(saved)
+        assert counted(other) == int.from_bytes(saved.memory[0].page(5)[:2], "little")
+        assert other.vcpus[0].state is RUNNING
+        assert other.vcpus[0].context.rip == saved.cpus[0].state.context.rip
+        before = counted(other)
+        run = asyncio.create_task(other.run())
+        await until(lambda: counted(other) > before + 100)
+        other.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_save_restore_save_is_identical(pair):
+    """Bit for bit, as no vCPU is entered between: what drifts is handed out as it was."""
+    one, other = pair()
+    for machine in (one, other):
+        machine.attach(Diary(), pio=0x60)
+        machine.attach(CountdownTimer(), mmio=0xD0000000, irq=5)
+    async with deadline():
+        run = asyncio.create_task(one.run())
+        await until(lambda: counted(one) > 100)
+        await one.mmio.write(0xD0000000, 4, 1_000_000_000)
+        await one.mmio.write(0xD0000004, 4, 3)
+        first = await one.checkpoint()
+        one.stop()
+        await run
+        await other.restore(first)
+        second = await other.checkpoint()
+        assert differing(first, second) == {"machine": ["time_ns"], "vm": ["kvm_clock"]}
+        assert second.time_ns >= first.time_ns
+        assert second.memory == first.memory
+
+
+def differing(first: Checkpoint, second: Checkpoint) -> dict[str, list[str]]:
+    found = {}
+    for name in ("shape", "cpus", "devices", "statistics", "engine"):
+        if getattr(first, name) != getattr(second, name):
+            found[name] = [name]
+    if first.time_ns != second.time_ns:
+        found["machine"] = ["time_ns"]
+    if vm := [key for key, value in first.vm.items() if second.vm.get(key) != value]:
+        found["vm"] = vm
+    return found
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("irqchip", [None, "kernel"])
+async def test_restored_into_itself_again_and_again(irqchip):
+    """Reset: memory written by guest, device and view goes back, and so do registers."""
+    lines = ("mov bx, 0x5000", "again: inc word ptr [bx]", "out 0x60, al", "jmp again")
+    async with deadline(), Machine(memory="1M", irqchip=irqchip) as machine:
+        diary = machine.attach(Diary(), pio=0x60)
+        machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
+        machine.memory.write(0x6000, b"kept")
+        saved = await machine.checkpoint()
+        view = machine.memory.view(0x7000, 4)
+        for _ in range(20):
+            run = asyncio.create_task(machine.run())
+            await until(diary.reached(len(diary.entries) + 10))
+            machine.stop()
+            assert await run == Stopped("stopped")
+            machine.memory.write(0x6000, b"lost")
+            view[:] = b"gone"
+            assert counted(machine) > 0
+            await machine.restore(saved)
+            assert counted(machine) == 0
+            assert machine.memory.read(0x6000, 4) == b"kept"
+            assert bytes(view) == bytes(4)
+            assert machine.vcpus[0].state is IDLE
+            assert machine.vcpus[0].context.rip == 0x1000
+            assert machine.vcpus[0].stats.numIO == 0
+        again = await machine.checkpoint()
+        assert again.memory == saved.memory
+
+
+@pytest.mark.kvm
+async def test_restore_while_running(pair):
+    """run() stays active and goes on from the checkpoint."""
+    machine, _ = pair()
+    machine.attach(Diary(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: counted(machine) > 64)
+        saved = await machine.checkpoint()
+        at = int.from_bytes(saved.memory[0].page(5)[:2], "little")
+        for _ in range(5):
+            await until(lambda: counted(machine) > at + 200)
+            await machine.restore(saved)
+            assert machine.vcpus[0].state is RUNNING
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_outcome_that_is_kept_is_in_the_checkpoint(boot):
+    go_on = asyncio.Event()
+
+    class SlowExit(DebugExit):
+        async def write(self, offset, size, value):
+            await go_on.wait()
+            return super().write(offset, size, value)
+
+    machine = boot("mov al, 3", "out 0xf8, al", "hlt")
+    machine.attach(SlowExit(), pio=0xF8)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].state is PENDING)
+        checkpoint = asyncio.create_task(machine.checkpoint())
+        await asyncio.sleep(0)
+        go_on.set()
+        saved = await checkpoint
+        assert await run == Exited(7)
+        await machine.restore(saved)
+        assert await machine.run() == Exited(7)
+        assert await machine.run() == Halted()
+
+
+@pytest.mark.kvm
+async def test_file_of_a_booted_machine_in_another_process(boot, tmp_path):
+    machine = boot(*COUNTING)
+    machine.attach(Diary(), pio=0x60)
+    async with deadline(30):
+        run = asyncio.create_task(machine.run())
+        await until(lambda: counted(machine) > 100)
+        (await machine.checkpoint()).save(tmp_path / "c.kvmaio")
+        machine.stop()
+        await run
+        program = RESTORER.format(
+            path=str(tmp_path / "c.kvmaio"),
+            devices={name: type(device).__name__ for name, device in machine.devices.items()},
+            size=machine.memory.size,
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, stdout=subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+    assert out == b"went on\n"
+
+
+RESTORER = """
+import asyncio
+from kvmaio import Checkpoint, Machine
+import kvmaio.devices
+from tests.engine.support import Diary
+
+async def main():
+    saved = Checkpoint.load({path!r})
+    async with Machine(memory={size}) as machine:
+        for name, shape in saved.shape.devices.items():
+            name_of_class = shape.class_name
+            kind = Diary if name_of_class == "Diary" else getattr(kvmaio.devices, name_of_class)
+            machine.attach(kind(), pio=shape.pio[0], name=name)
+        await machine.restore(saved)
+        at = machine.memory.read(0x5000, 2)
+        run = asyncio.create_task(machine.run())
+        while machine.memory.read(0x5000, 2) == at:
+            await asyncio.sleep(0)
+        machine.stop()
+        await run
+        print("went on")
+
+asyncio.run(asyncio.wait_for(main(), 20))
+"""
+
+
+# ---- devices ----------------------------------------------------------------------------
+
+
+class Ticker(Device):
+    """Counts its alarm's deadlines in a register; its own state is in `save()`."""
+
+    ticks = Register(0, int, bits=32)
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.starts = 0
+
+    async def run(self) -> None:
+        self.starts += 1
+        async for deadline_ns in self.alarm:
+            self.ticks += 1
+            self.seen.append(deadline_ns)
+            self.alarm.arm(deadline_ns + 1_000_000)
+
+    def save(self):
+        return {"seen": self.seen}
+
+    def load(self, state):
+        self.seen = list(state["seen"])
+
+
+@pytest.mark.kvm
+async def test_device_goes_on_with_its_alarm(boot):
+    machine = boot("spin: jmp spin")
+    ticker = machine.attach(Ticker(), mmio=0xD0000000)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        ticker.alarm.arm(machine.clock.now_ns + 1_000_000)
+        await until(lambda: ticker.ticks == 3)
+        saved = await machine.checkpoint()
+        at, next_ns = ticker.ticks, ticker.alarm.deadline_ns
+        assert next_ns is not None
+        await until(lambda: ticker.ticks > at + 5)
+        await machine.restore(saved)
+        assert (ticker.ticks, ticker.seen[-1]) == (at, next_ns - 1_000_000)
+        await until(lambda: ticker.ticks >= at + 3)
+        # By guest time, none is missing and none is twice.
+        assert [b - a for a, b in zip(ticker.seen, ticker.seen[1:], strict=False)] == [
+            1_000_000
+        ] * (len(ticker.seen) - 1)
+        assert ticker.starts == 2
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_guest_time_goes_back_to_the_checkpoints(boot):
+    machine = boot("hlt")
+    async with deadline():
+        saved = await machine.checkpoint()
+        await asyncio.sleep(0.05)
+        await machine.restore(saved)
+        assert 0 <= machine.clock.now_ns - saved.time_ns < 50_000_000
+
+
+# ---- refusals ------------------------------------------------------------------------------
+
+
+@pytest.mark.kvm
+async def test_other_shapes_are_refused_and_change_nothing():
+    async with deadline(), Machine(memory="1M") as machine:
+        machine.load(Flat(b"\xf4", 0x1000))
+        saved = await machine.checkpoint()
+        async with Machine(memory="2M") as larger:
+            with pytest.raises(
+                CheckpointError, match=r"RAM 0x0\.\.0x1fffff, the checkpoint has not"
+            ):
+                await larger.restore(saved)
+        async with Machine(memory="1M", irqchip="kernel") as other:
+            with pytest.raises(ConfigurationError, match="irqchip=None, the machine has 'kernel'"):
+                await other.restore(saved)
+        async with Machine(memory="1M", vcpus=2, irqchip="kernel") as two:
+            for_two = await two.checkpoint()
+        async with Machine(memory="1M", irqchip="kernel") as one:
+            with pytest.raises(CheckpointError, match="the checkpoint has 2 vCPUs"):
+                await one.restore(for_two)
+            assert one.vcpus[0].state is IDLE
+
+
+@pytest.mark.kvm
+async def test_state_that_a_device_cannot_take_names_it():
+    class Fussy(Device):
+        size = 1
+
+        def load(self, state):
+            self.value = state["value"]
+
+    async with deadline(), Machine(memory="1M") as machine:
+        machine.attach(Fussy(), pio=0x10)
+        saved = await machine.checkpoint()
+        with pytest.raises(CheckpointError, match="fussy0 cannot take its state back: KeyError"):
+            await machine.restore(saved)
+
+
+@pytest.mark.kvm
+async def test_incremental_on_a_base(boot):
+    machine = boot(*COUNTING)
+    machine.attach(Diary(), pio=0x60)
+    async with deadline():
+        base = await machine.checkpoint()
+        await machine.restore(base)
+        run = asyncio.create_task(machine.run())
+        await until(lambda: counted(machine) > 100)
+        machine.stop()
+        await run
+        later = await machine.checkpoint()
+        change = later.since(base)
+        assert [page for pages in change.memory.values() for page in pages.given_pages()] == [5]
+        assert change.on(base) == later
