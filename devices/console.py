@@ -1,14 +1,15 @@
-"""Console output: what a guest printed is kept, passed on, and can be waited for."""
+"""`Console`: a device that prints, and what it can be connected to."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any, overload
 
 from kvmaio.device import Device
-from kvmaio.errors import ConfigurationError
 
 from .connections import (
     Connection,
@@ -18,76 +19,9 @@ from .connections import (
     open_pty,
     open_stdio,
 )
+from .console_output import HISTORY, ConsoleOutput, Sink
 
-__all__ = ["Console", "ConsoleOutput", "Sink"]
-
-Sink = Callable[[bytes], Awaitable[None] | None]
-"""Takes bytes as they are printed; the guest waits for what it returns."""
-
-HISTORY = 16 * 1024 * 1024
-
-
-class ConsoleOutput:
-    """The bytes a guest printed, the sinks that get them, and `expect()`.
-
-    Args:
-        history: how many of the last bytes are kept.
-    """
-
-    def __init__(self, history: int = HISTORY) -> None:
-        if history < 0:
-            raise ConfigurationError(f"a history of {history} bytes: it must be 0 or more")
-        self.history = history
-        self.sinks: list[Sink] = []
-        self._kept = bytearray()
-        self._position = 0  # where in _kept the next expect() starts
-        self._waiting: dict[asyncio.Future[None], bytes] = {}
-
-    @property
-    def data(self) -> bytes:
-        """A copy of what is kept, oldest first."""
-        return bytes(self._kept)
-
-    def write(self, data: bytes) -> Awaitable[None] | None:
-        """Take what was printed; None, or what to await before more is printed."""
-        old_length = len(self._kept)
-        self._kept += data
-        for waiter, text in self._waiting.items():
-            # Only an end that is new can complete the text.
-            start = max(self._position, old_length - len(text) + 1)
-            if not waiter.done() and self._kept.find(text, start) >= 0:
-                waiter.set_result(None)
-        if (excess := len(self._kept) - self.history) > 0:
-            del self._kept[:excess]
-            self._position = max(0, self._position - excess)
-        pending = [waiting for sink in self.sinks if (waiting := sink(data)) is not None]
-        if not pending:
-            return None
-        return pending[0] if len(pending) == 1 else _all(pending)
-
-    async def expect(self, text: bytes) -> bytes:
-        """Wait for `text`; return what came since the last expect(), up to and including it.
-
-        What was printed before the call counts too. It waits without limit:
-        put an `asyncio.timeout()` around it. A wait that was cancelled has
-        consumed nothing.
-
-        Raises:
-            ConfigurationError: the text is empty or longer than the history.
-        """
-        if not 0 < len(text) <= self.history:
-            raise ConfigurationError(
-                f"cannot expect {len(text)} bytes: it must be 1 to {self.history}, the history"
-            )
-        while (found := self._kept.find(text, self._position)) < 0:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiting[waiter] = text
-            try:
-                await waiter
-            finally:
-                del self._waiting[waiter]
-        start, self._position = self._position, found + len(text)
-        return bytes(self._kept[start : self._position])
+__all__ = ["HISTORY", "Console", "ConsoleOutput", "Sink"]
 
 
 class Console(Device):
@@ -96,7 +30,7 @@ class Console(Device):
     ::
 
         console.output                        # what the guest printed
-        await console.expect(b"login:")
+        await console.expect("login:", timeout=10)
         await console.connect_stdio()
         path = await console.connect_pty()
         await console.disconnect()
@@ -118,9 +52,28 @@ class Console(Device):
         """What the guest printed, as far as the history reaches (a copy)."""
         return self._console.data
 
-    async def expect(self, text: bytes) -> bytes:
-        """Wait until the guest prints `text`; see `ConsoleOutput.expect()`."""
-        return await self._console.expect(text)
+    @overload
+    async def expect(self, what: bytes, timeout: float | None = None) -> bytes: ...
+    @overload
+    async def expect(self, what: str, timeout: float | None = None) -> str: ...
+    @overload
+    async def expect(
+        self, what: re.Pattern[bytes], timeout: float | None = None
+    ) -> re.Match[bytes]: ...
+    @overload
+    async def expect(
+        self, what: re.Pattern[str], timeout: float | None = None
+    ) -> re.Match[str]: ...
+    async def expect(self, what: Any, timeout: float | None = None) -> Any:
+        """Wait until the guest prints a text or what an expression matches.
+
+        See `ConsoleOutput.expect()`.
+        """
+        return await self._console.expect(what, timeout)
+
+    def tail(self) -> str:
+        """The last lines that the guest printed."""
+        return self._console.tail()
 
     def emit(self, data: bytes) -> Awaitable[None] | None:
         """For the device: `data` is printed. None, or what the guest has to wait for."""
@@ -210,7 +163,3 @@ class Console(Device):
     def _receiver(self) -> Receive | None:
         """What takes a peer's input; None: this device has no input."""
         return None
-
-
-async def _all(pending: list[Awaitable[None]]) -> None:
-    await asyncio.gather(*pending)

@@ -167,13 +167,15 @@ class Uart16550(Console):
         divisor = self.dlm << 8 | self.dll
         return FASTEST_BAUD // divisor if divisor else 0
 
-    async def send(self, data: bytes) -> None:
-        """Send `data` into the receiver, waiting whenever it is full.
+    async def send(self, data: bytes | str) -> None:
+        """Send `data` into the receiver, waiting whenever it is full; str goes as UTF-8.
 
         During loopback the receiver is cut off from the line, so it waits
         then too. Several senders take turns. If cancelled, the bytes that
         were taken so far stay in the receiver.
         """
+        if isinstance(data, str):
+            data = data.encode()
         async with self._turn:
             sent = 0
             while sent < len(data):

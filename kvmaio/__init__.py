@@ -32,6 +32,7 @@ from .drain import drained
 from .errors import (
     CheckpointError,
     ConfigurationError,
+    ConsoleTimeout,
     DrainTimeout,
     EmulationFailure,
     GuestError,
@@ -54,6 +55,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigurationError",
+    "ConsoleTimeout",
     "Context",
     "CpuState",
     "Device",

@@ -8,6 +8,7 @@ import os
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "ConsoleTimeout",
     "DrainTimeout",
     "EmulationFailure",
     "GuestError",
@@ -31,6 +32,10 @@ class CheckpointError(KvmaioError):
 
 class DrainTimeout(KvmaioError, TimeoutError):
     """A machine did not come to rest in time; the message names what is still under way."""
+
+
+class ConsoleTimeout(KvmaioError, TimeoutError):
+    """A guest did not print in time what was expected; the message shows what it printed last."""
 
 
 class GuestError(KvmaioError):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import select
 import socket
 import sys
@@ -17,7 +18,7 @@ import uvloop
 from kvmaio.devices import DebugConsole, Uart16550
 from kvmaio.devices.connections import FdConnection, StreamConnection
 from kvmaio.devices.console import ConsoleOutput
-from kvmaio.errors import ConfigurationError
+from kvmaio.errors import ConfigurationError, ConsoleTimeout
 from kvmaio.testing import BusDriver, settle
 
 DATA, FCR, LSR = 0, 2, 5
@@ -132,6 +133,64 @@ async def test_expect_and_a_short_history():
     for impossible in (b"", b"12345"):
         with pytest.raises(ConfigurationError, match="cannot expect"):
             await output.expect(impossible)
+
+
+async def test_expect_takes_text_and_expressions():
+    async with uart_bus() as bus:
+        await print_text(bus, b"\xff boot\r\nuptime: 12 s, user: J\xc3\xb6rg $ \xe2\x82")
+        assert await bus.device.expect("boot", timeout=1) == "\ufffd boot"
+        match = await bus.device.expect(re.compile(rb"uptime: (\d+) s"))
+        assert match[1] == b"12"
+        user = await bus.device.expect(re.compile(r"user: (\w+) "))
+        assert user[1] == "Jörg"
+        assert await bus.device.expect(b"$") == b"$"  # the position is in bytes
+        waiting = asyncio.create_task(bus.device.expect(re.compile("€(.)", re.DOTALL)))
+        await print_text(bus, b"\xac")
+        await settle()
+        assert not waiting.done()
+        await print_text(bus, b"\n")
+        assert (await waiting)[1] == "\n"
+
+
+async def test_a_timeout_shows_the_last_lines():
+    async with uart_bus() as bus:
+        await print_text(bus, b"one\r\n" * 20 + b"panic: \x80\r\n")
+        for what in (b"login:", "login:", re.compile("login(:)"), re.compile(rb"login[:]")):
+            with pytest.raises(ConsoleTimeout) as raised:
+                await bus.device.expect(what, timeout=0.01)
+            message = str(raised.value)
+            assert "login" in message and message.endswith("one\npanic: \\x80")
+            assert message.count("one") == 7
+        assert isinstance(raised.value, TimeoutError)
+        assert await bus.device.expect("panic", timeout=0) != ""  # nothing was consumed
+    with pytest.raises(ConsoleTimeout, match="nothing"):
+        await ConsoleOutput().expect("x", timeout=0)
+
+
+async def test_somebody_elses_timeout_stays_his():
+    output = ConsoleOutput()
+    with pytest.raises(TimeoutError) as raised:
+        async with asyncio.timeout(0.01):
+            await output.expect("x", timeout=60)
+    assert not isinstance(raised.value, ConsoleTimeout)
+
+
+async def test_an_expression_is_not_searched_anew_for_each_byte():
+    output = ConsoleOutput()
+    waiting = asyncio.create_task(output.expect(re.compile(rb"[0-9]{4}x")))
+    await settle()
+    for _ in range(200_000):
+        output.write(b"12345")
+    output.write(b"x")
+    async with asyncio.timeout(10):
+        assert (await waiting)[0] == b"2345x"
+
+
+async def test_send_takes_text():
+    async with uart_bus() as bus:
+        sending = asyncio.create_task(bus.device.send("Jörg\r"))
+        assert await receive(bus, 6) == "Jörg\r".encode()
+        await sending
 
 
 async def test_plain_sinks_cost_no_coroutine():
