@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from kvmaio.device import Device
 from kvmaio.errors import ConfigurationError
@@ -111,6 +111,14 @@ class PciConfigPorts(Device):
                 config.update()
             return pending
         return None
+
+    def clone(self) -> Self:
+        clone = super().clone()
+        for where, config in self.functions.items():
+            if isinstance(config, PlainConfigSpace):
+                config = PlainConfigSpace(bytearray(config.data), config.write_mask)
+            clone.functions[where] = config
+        return clone
 
     def save(self) -> dict[str, Any]:
         return {

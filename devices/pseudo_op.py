@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from kvmaio.device import Device
 from kvmaio.errors import ConfigurationError, GuestError
@@ -84,6 +84,11 @@ class PseudoOpWindow(Device):
             )
         self.size = size
         self._operations: dict[int, Operation] = {}
+
+    def clone(self) -> Self:
+        clone = super().clone()
+        clone._operations = dict(self._operations)
+        return clone
 
     def operation(self, number: int) -> Callable[[H], H]:
         """Decorator: the function carries out pseudo-op `number`.

@@ -51,6 +51,7 @@ class Device:
     clock: Clock
     alarm: Alarm
     busy_sections: BusySections
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -75,6 +76,7 @@ class Device:
         device.clock = StoppedClock()
         device.alarm = Alarm(device.clock)
         device.busy_sections = BusySections(device)
+        device._arguments = args, kwargs
         for register in cls.registers:
             register.power_on(device)
         return device
@@ -159,6 +161,15 @@ class Device:
         """The name of the register that an access at `offset` reaches; None: there is none."""
         register = self._register_at(self._writers if is_write else self._readers, offset)
         return None if register is None else register.name
+
+    def clone(self) -> Self:
+        """A device for a copy of the machine (`Machine.fork`), whose state follows by `load()`.
+
+        By default one made with the same arguments. Extend it where a device was equipped
+        after it was made.
+        """
+        args, kwargs = self._arguments
+        return type(self)(*args, **kwargs)
 
     def _register_at(
         self, table: dict[int, tuple[Register[Any], ...]], offset: int

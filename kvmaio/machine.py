@@ -23,6 +23,7 @@ from .device import Device
 from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained, lower
 from .errors import ConfigurationError, GuestError, HostError
 from .exits import EndRun, Halted, Outcome, Shutdown, Stopped
+from .fork import forbid_in_child, fork
 from .irq import IrqLine
 from .memory import GuestMemory, parse_size
 from .platform import Platform, open_platform
@@ -135,7 +136,11 @@ class Machine:
         self._hypercall: HypercallHandler | None = None
         self.lines: dict[int, IrqLine] = {}
         self._activities: dict[str, asyncio.Task[None]] = {}  # device name -> its run()
+        self.wiring: dict[str, int | None] = {}  # device name -> its interrupt line
         self._names: Counter[str] = Counter()
+        self._copies: list[Machine] = []
+        self._is_copy = False
+        self._lost = False
         self._paths = DeclaredPaths()
         self._platform: Platform | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -150,7 +155,8 @@ class Machine:
         self._ending: Outcome | BaseException | None = None
         self._unlocated: BaseException | None = None
         self._over = asyncio.Event()
-        self._build_ram(parse_size(memory))
+        self._memory = parse_size(memory)
+        self._build_ram(self._memory)
 
     def _build_ram(self, size: int) -> None:
         size = -(-size // 4096) * 4096
@@ -163,6 +169,9 @@ class Machine:
     # ---- life ------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        if self._is_copy and not self._closed:
+            self._is_copy = False
+            return self
         if self._loop is not None:
             raise ConfigurationError(f"{self.name} was entered before; make a new Machine")
         self._loop = asyncio.get_running_loop()
@@ -187,6 +196,7 @@ class Machine:
             self._closed = True
             raise
         self._platform = platform
+        forbid_in_child(self)
         for device in self.devices.values():
             self._give_clock(device)
         return self
@@ -201,7 +211,7 @@ class Machine:
 
     async def close(self) -> None:
         """End everything that belongs to the machine: tasks, threads, descriptors. Idempotent."""
-        if self._closed or self._platform is None:
+        if self._closed or self._platform is None or self._lost:
             self._closed = True
             return
         if asyncio.current_task() in self._tasks:
@@ -209,6 +219,8 @@ class Machine:
                 f"{self.name} cannot be closed by its own device, which would wait for itself; "
                 "end the run with stop()"
             )
+        for copy in self._copies:
+            await copy.close()
         self._closed = True
         if isinstance(self._ending, BaseException) and not self._run_active:
             _log.error("%s is closed, and no run() has raised this:", self, exc_info=self._ending)
@@ -316,6 +328,7 @@ class Machine:
             raise
         self._names[base_name] += 1
         self.devices[device.name] = device
+        self.wiring[device.name] = irq
         device.irq.name = f"{device.name}.irq"
         if line is not None:
             device.irq.connect(line.input())
@@ -491,6 +504,43 @@ class Machine:
                     for device in self.devices.values():
                         self._start_device(device)
 
+    async def fork(self, count: int, timeout: float | None = DRAIN_TIMEOUT_S) -> list[Machine]:
+        """`count` copies of the machine as it is now, each with its own devices.
+
+        They share its memory until they write to it, may `run()` at once, and are
+        closed with this machine at the latest (`async with` closes one earlier).
+        Devices are copied by `Device.clone()`; connections, sinks and handlers of theirs
+        are not, but the handler of hypercalls is. A line driven by something else than a
+        device has nobody to drive it in the copies.
+
+        Raises:
+            DrainTimeout, ConfigurationError, CheckpointError: see `checkpoint()`.
+            HostError: the host refused a copy; then there are none.
+        """
+        async with self.drained(timeout):
+            copies = await fork(self, count)
+        for copy in copies:
+            copy._is_copy = True
+        self._copies += copies
+        return copies
+
+    def like_this(self, name: str) -> Machine:
+        """A new machine made with the same arguments but for its name, to be entered."""
+        return Machine(
+            memory=self._memory,
+            vcpus=self._vcpu_count,
+            cpu=self._cpu,
+            irqchip=self.irqchip,
+            host_factor=self._host_factor,
+            clock_hz=self._clock_hz,
+            cpuid=self._cpuid,
+            name=name,
+        )
+
+    def lost_to_parent(self) -> None:
+        """This process is a fork of the one whose machine it is."""
+        self._lost = True
+
     @property
     def platform(self) -> Platform:
         """The host's part of the machine."""
@@ -653,6 +703,11 @@ class Machine:
     def _opened(self) -> Platform:
         if self._closed:
             raise ConfigurationError(f"{self.name} is closed")
+        if self._lost:
+            raise ConfigurationError(
+                f"{self.name} belongs to the process that this one was forked from: KVM ties a VM "
+                "to its process. Make a new machine; restore() a checkpoint of this one there"
+            )
         if self._platform is None:
             raise ConfigurationError(f'use "async with Machine(...) as {self.name}:" first')
         return self._platform

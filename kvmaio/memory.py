@@ -190,6 +190,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Forget all regions; host memory goes once the last view of it does."""
+        self.image = None
         self._watchers.clear()
         self.regions.clear()
         self._bases.clear()

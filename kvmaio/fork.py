@@ -1,0 +1,65 @@
+"""Copies of a machine in this process, on copy-on-write memory; and what `os.fork` leaves of it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+from . import snapshot
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+__all__ = ["fork", "forbid_in_child"]
+
+
+async def fork(machine: Machine, count: int) -> list[Machine]:
+    """`count` copies of `machine`, which is at rest; see `Machine.fork()`."""
+    if count < 1:
+        raise ConfigurationError(f"{count} copies of a machine: at least 1")
+    checkpoint = snapshot.capture(machine)
+    copies: list[Machine] = []
+    try:
+        for number in range(count):
+            copy = machine.like_this(f"{machine.name}.copy{number}")
+            await copy.__aenter__()
+            copies.append(copy)
+            for name, device in machine.devices.items():
+                windows = [
+                    {bus.name: window.base}
+                    for bus in (machine.pio, machine.mmio)
+                    for window in bus
+                    if window.device is device
+                ]
+                place = {key: base for window in windows for key, base in window.items()}
+                copy.attach(device.clone(), irq=machine.wiring[name], name=name, **place)
+            copy.hypercall = machine.hypercall
+            await copy.restore(checkpoint)
+    except BaseException:
+        for copy in copies:
+            await copy.close()
+        raise
+    return copies
+
+
+_open: weakref.WeakSet[Machine] = weakref.WeakSet()
+
+
+def forbid_in_child(machine: Machine) -> None:
+    """In a child that `os.fork` makes of this process, `machine` is unusable and says so.
+
+    KVM ties a VM to the address space that created it, and the child has none of the
+    vCPUs' threads.
+    """
+    _open.add(machine)
+
+
+def _in_child() -> None:
+    for machine in list(_open):
+        machine.lost_to_parent()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
