@@ -9,11 +9,20 @@
 
 The fixtures are asynchronous and need pytest-asyncio. Where the CPU model that
 ``--kvmaio-cpu`` asks for cannot run, their tests are skipped with the reason.
+
+``@pytest.mark.kvmaio_cpu("kvm", "soft")`` runs a test on each of these models, whatever the
+option says. ``@pytest.mark.kvmaio_loop("wall", "simulated")`` runs it once on each of these
+loops; it needs pytest-asyncio 1.4.
+
+The report of a failed test shows the machines of its fixtures: the last exits and accesses,
+registers and the code at them, consoles and devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from contextlib import AsyncExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,11 +57,96 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="auto",
         help="the CPU model that the fixtures machine and boot use; both: every test twice",
     )
+    parser.getgroup("kvmaio").addoption(
+        "--kvmaio-last",
+        type=int,
+        default=16,
+        metavar="N",
+        help="how many exits, accesses and so on the report of a failed test shows; "
+        "0 records none, which spares about a tenth of the time of each exit",
+    )
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kvmaio_cpu" in metafunc.fixturenames and metafunc.config.getoption("kvmaio_cpu") == "both":
-        metafunc.parametrize("kvmaio_cpu", ("kvm", "soft"), indirect=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "kvmaio_cpu(*models): run on each of these CPU models, kvm or soft"
+    )
+    config.addinivalue_line(
+        "markers", "kvmaio_loop(*times): run on each of these loops, wall or simulated"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None]:
+    if "kvmaio_cpu" in metafunc.fixturenames:
+        marked = _arguments(metafunc, "kvmaio_cpu", ("kvm", "soft"))
+        both = metafunc.config.getoption("kvmaio_cpu") == "both"
+        if marked or both:
+            metafunc.parametrize("kvmaio_cpu", marked or ("kvm", "soft"), indirect=True)
+    times = _arguments(metafunc, "kvmaio_loop", ("wall", "simulated"))
+    if not times:
+        return (yield)
+    # Only while pytest-asyncio looks at this test: with such a hook registered, it would
+    # parametrise all others too.
+    loops = _Loops(times)
+    manager = metafunc.config.pluginmanager
+    if not hasattr(manager.hook, "pytest_asyncio_loop_factories"):
+        pytest.fail("the mark kvmaio_loop needs pytest-asyncio 1.4 or later", pytrace=False)
+    manager.register(loops)
+    try:
+        return (yield)
+    finally:
+        manager.unregister(loops)
+
+
+def _arguments(metafunc: pytest.Metafunc, mark: str, possible: tuple[str, ...]) -> tuple[str, ...]:
+    """The arguments of the test's `mark`; none if it has no such mark."""
+    found = metafunc.definition.get_closest_marker(mark)
+    if found is None:
+        return ()
+    if not found.args or not set(found.args) <= set(possible):
+        pytest.fail(
+            f"{metafunc.definition.nodeid}: the mark {mark} takes some of {', '.join(possible)}",
+            pytrace=False,
+        )
+    return tuple(found.args)
+
+
+class _Loops:
+    """What pytest-asyncio asks for the loops of one test."""
+
+    def __init__(self, times: tuple[str, ...]) -> None:
+        self._times = times
+
+    def pytest_asyncio_loop_factories(
+        self,
+    ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+        from kvmaio.simulation import SimulationLoop
+
+        known = {"wall": asyncio.new_event_loop, "simulated": SimulationLoop}
+        return {time: known[time] for time in self._times}
+
+
+_recorders = pytest.StashKey[list[Any]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and call.when != "teardown":
+        for recorder in item.stash.get(_recorders, []):
+            report.sections.append(("kvmaio", recorder.describe()))
+    return report
+
+
+def _record(request: pytest.FixtureRequest, machine: BenchMachine) -> None:
+    """Have the machine's last doings in the report if the test fails."""
+    from kvmaio.failure_report import FlightRecorder
+
+    recorder = FlightRecorder(machine, request.config.getoption("kvmaio_last"))
+    request.node.stash.setdefault(_recorders, []).append(recorder)
 
 
 @pytest.fixture
@@ -102,22 +196,25 @@ except (
 
 
 @async_fixture
-async def machine(kvmaio_cpu: str) -> AsyncIterator[BenchMachine]:
+async def machine(kvmaio_cpu: str, request: pytest.FixtureRequest) -> AsyncIterator[BenchMachine]:
     """An entered machine of 16 MiB with a serial port and a debug exit; closed at the end."""
     from kvmaio.testing import BenchMachine
 
     async with BenchMachine(cpu=kvmaio_cpu) as machine:
+        _record(request, machine)
         yield machine
 
 
 @async_fixture
-async def boot(kvmaio_cpu: str, kvmaio_assembler: Callable[..., bytes]) -> AsyncIterator[Boot]:
+async def boot(
+    kvmaio_cpu: str, kvmaio_assembler: Callable[..., bytes], request: pytest.FixtureRequest
+) -> AsyncIterator[Boot]:
     """A function that boots a guest: `Boot`. Its machines are closed at the end."""
     from kvmaio.boot import Flat
     from kvmaio.suspension import Suspended, drive
     from kvmaio.testing import BenchMachine
 
-    machines: list[BenchMachine] = []
+    closing = AsyncExitStack()
 
     def boot(
         *code: str | bytes, mode: str = "real16", address: int = 0x1000, **options: Any
@@ -131,12 +228,10 @@ async def boot(kvmaio_cpu: str, kvmaio_assembler: Callable[..., bytes]) -> Async
         # Entering awaits nothing; only so can a plain function do it.
         entered = drive(machine.__aenter__())
         assert not isinstance(entered, Suspended)
-        machines.append(machine)
+        closing.push_async_callback(machine.close)
+        _record(request, machine)
         machine.load(Flat(image, address, mode))
         return machine
 
-    try:
+    async with closing:
         yield boot
-    finally:
-        for machine in machines:
-            await machine.close()

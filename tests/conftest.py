@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from tests.assembler import assemble
 
-pytest_plugins = ["plugin_summary"]
+pytest_plugins = ["plugin_summary", "pytester"]
 
 # Whoever starts the tests in a shell's background has them ignore SIGINT, and so would every
 # program that they start and interrupt.

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -59,3 +60,146 @@ def test_a_cpu_model_that_is_not_there_skips_with_the_reason(tmp_path):
 def test_both_runs_every_test_twice(tmp_path):
     text = session(tmp_path, "--kvmaio-cpu=both")
     assert "4 passed, 4 skipped" in text or "8 passed" in text
+
+
+@pytest.fixture
+def run_tests(pytester):
+    """A function that runs a test file in a session of its own, and gives its result."""
+    pytester.makeini("[pytest]\nasyncio_mode = auto\n")
+
+    def run(source, *options):
+        pytester.makepyfile(source)
+        return pytester.runpytest_subprocess("-p", "no:cacheprovider", *options)
+
+    return run
+
+
+FAILS = """
+import asyncio
+import pytest
+from kvmaio.devices import CountdownTimer
+
+async def test_fails(boot):
+    machine = boot(bytes.fromhex("b83412 baf803 b041 ee e440 f4"))  # ...; in al, 0x40; hlt
+    machine.attach(CountdownTimer(), pio=0x40, name="timer").interval = 0x77
+    await machine.run()
+    assert machine.serial.output == b"B"
+
+async def test_fails_while_the_guest_runs(boot):
+    machine = boot(bytes.fromhex("ebfe"))
+    running = asyncio.create_task(machine.run())
+    await asyncio.sleep(0.05)
+    assert False
+
+async def test_times_out(machine):
+    await machine.serial.expect("login:", timeout=0.01)
+
+async def test_is_cancelled(boot):
+    running = asyncio.create_task(boot(bytes.fromhex("ebfe")).run())
+    asyncio.get_running_loop().call_later(0.05, running.cancel)
+    await running
+
+async def test_nothing_is_left():
+    import os
+    open_files = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            open_files.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            pass
+    assert not [path for path in open_files if "kvm" in path]
+    assert len(os.listdir("/proc/self/task")) == 1
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+"""
+
+
+@pytest.mark.kvm
+def test_a_failure_explains_itself_and_leaves_nothing_behind(run_tests):
+    result = run_tests(FAILS)
+    result.assert_outcomes(failed=4, passed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*test_fails *",
+            "*- kvmaio -*",
+            "<Machine machine: 1 vCPUs, 16 MiB>, running: no",
+            "the last 5 records*",
+            "*cpu0: exit IO after *",
+            "*cpu0: write pio 0x3f8, uart165500.thr: 0x41",
+            "*cpu0: read pio 0x40, timer.interval: *",
+            "*0.000  cpu0: exit HLT after * µs",
+            "cpu0: Idle, halted",
+            "  rax 0x00000000000012*",
+            "uart165500 printed last:",
+            "  A",
+            "uart165500: *lsr=0x60*thr_empty_pending=True*",
+            "timer: interval=0x77*",
+        ]
+    )
+    result.stdout.fnmatch_lines(
+        ["*test_fails_while_the_guest_runs *", "*running: yes", "*no registers: the guest is run*"]
+    )
+    result.stdout.fnmatch_lines(["*ConsoleTimeout: 'login:' did not come within 0.01 s*"])
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(find_spec("capstone") is None, reason="capstone is not installed")
+def test_a_failure_shows_the_code(run_tests):
+    source = """
+        import pytest
+        async def test_fails(boot):
+            await boot(bytes.fromhex("e460 f4"), mode="long64").run()
+    """
+    result = run_tests(source, "--kvmaio-last=0")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*0x1002: f4 * hlt"])
+    assert "records" not in result.stdout.str()
+
+
+@pytest.mark.kvm
+def test_marks_choose_loops_and_cpu_models(run_tests):
+    result = run_tests(
+        """
+        import asyncio
+        import pytest
+        from kvmaio import SimulationLoop
+
+        @pytest.mark.kvmaio_loop("simulated")
+        async def test_simulated(boot):
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, SimulationLoop)
+            await boot(bytes.fromhex("f4")).run()
+            await asyncio.sleep(3600)  # passes at once
+            assert loop.time() >= 3600
+
+        @pytest.mark.kvmaio_loop("wall", "simulated")
+        async def test_both(machine, request):
+            is_simulated = isinstance(asyncio.get_running_loop(), SimulationLoop)
+            assert is_simulated == ("simulated" in request.node.name)
+
+        async def test_plain(machine):
+            assert not isinstance(asyncio.get_running_loop(), SimulationLoop)
+
+        @pytest.mark.kvmaio_cpu("kvm")
+        async def test_on_kvm(machine, kvmaio_cpu):
+            assert kvmaio_cpu == "kvm"
+        """,
+        "--strict-markers",
+        "--kvmaio-cpu=both",
+        "-k",
+        "not soft",
+    )
+    result.assert_outcomes(passed=5, deselected=4)
+
+
+def test_wrong_marks_are_errors(run_tests):
+    result = run_tests(
+        """
+        import pytest
+
+        @pytest.mark.kvmaio_loop("simulate")
+        async def test_it():
+            pass
+        """
+    )
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*kvmaio_loop takes some of wall, simulated*"])

@@ -1,0 +1,39 @@
+"""Guest code as text; needs capstone (``kvmaio[disasm]``), and says so where it is missing."""
+
+from __future__ import annotations
+
+from .cpu import Context
+from .linear import code_address, code_bits, read_linear
+from .memory import GuestMemory
+
+__all__ = ["disassemble", "disassemble_next"]
+
+LONGEST = 15
+"""Bytes of one instruction (SDM vol. 2A, 2.3.11)."""
+
+
+def disassemble(code: bytes, address: int, bits: int, *, most: int = 1 << 30) -> list[str]:
+    """A line for each instruction of `code`, which lies at `address`.
+
+    Args:
+        bits: 16, 32 or 64.
+        most: how many instructions at most.
+    """
+    try:
+        import capstone
+    except ImportError:
+        return [f"{address:#x}: {code[:LONGEST].hex(' ')}  (kvmaio[disasm] would name it)"]
+    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
+    engine = capstone.Cs(capstone.CS_ARCH_X86, modes[bits])
+    lines = []
+    for at, size, name, operands in engine.disasm_lite(code, address, most):
+        raw = code[at - address : at - address + size].hex(" ")
+        lines.append(f"{at:#x}: {raw:<24} {name} {operands}".rstrip())
+    return lines or [f"{address:#x}: {code[:LONGEST].hex(' ')}  (no instruction)"]
+
+
+def disassemble_next(memory: GuestMemory, context: Context, count: int = 5) -> list[str]:
+    """The next `count` instructions of a vCPU; nothing where no memory is."""
+    address = code_address(context)
+    code = read_linear(memory, context, address, LONGEST * count)
+    return disassemble(code, address, code_bits(context), most=count) if code else []
