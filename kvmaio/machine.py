@@ -37,6 +37,7 @@ from .vcpu import VCpu
 
 if TYPE_CHECKING:
     from .cpu import CpuModel
+    from .irqchips import IrqChips
 
 __all__ = ["Machine"]
 
@@ -75,7 +76,8 @@ class Machine:
         vcpus: how many virtual CPUs.
         cpu: ``"auto"``, ``"kvm"`` or ``"soft"``.
         irqchip: None (the engine injects interrupts), ``"kernel"`` (PIC, IOAPIC, local
-            APICs and PIT in KVM), ``"split"`` (local APICs in KVM) or ``"devices"``.
+            APICs and PIT in KVM), ``"split"`` (local APICs in KVM) or ``"devices"``
+            (PICs, IOAPIC and local APICs as device models; a PIT is yours to attach).
             With more than one vCPU under KVM, None becomes ``"kernel"``.
         host_factor: guest cycles per host cycle; above 1 where the host is faster.
         clock_hz: the guest's clock, in which statistics count cycles.
@@ -143,6 +145,7 @@ class Machine:
         self._lost = False
         self._paths = DeclaredPaths()
         self._platform: Platform | None = None
+        self._chips: IrqChips | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.barrier = Barrier(self)
@@ -186,6 +189,10 @@ class Machine:
                 if isinstance(self._loop, SimulationLoop):
                     model = TimedCpu(model, self._loop, self._host_factor)
                 self.vcpus.append(self._make_vcpu(model))
+            if self.irqchip == "devices":
+                from .irqchips import IrqChips  # not above: devices are users of the engine
+
+                self._chips = IrqChips(self)
             platform.set_cpuid(self._cpuid or "emulator-safe")
             self._paths.open(platform, self.vcpus[0].model.ring_doorbells)
             for number, line in self.lines.items():
@@ -398,7 +405,10 @@ class Machine:
         if state.xcr0:
             platform.enable_xcr0()
         for vcpu in self.vcpus[1:]:
-            vcpu.reset_registers()
+            if self._chips:
+                vcpu.init()
+            else:
+                vcpu.reset_registers()
         self.vcpus[0].load(state.context)
         return state
 
@@ -782,7 +792,10 @@ class Machine:
             vcpu.forbid()
 
     def _end_if_halted(self) -> None:
-        if self._run_active and all(v.halted and not v.can_wake for v in self.vcpus):
+        if not self._run_active:
+            return
+        halted = [vcpu for vcpu in self.vcpus if not vcpu.awaits_start_up]
+        if halted and all(v.halted and not v.can_wake for v in halted):
             self.ended(self.vcpus[0], Halted())
 
     async def _settle(self) -> None:
@@ -802,7 +815,7 @@ class Machine:
                 raise HostError("KVM_RUN", 110, f"{vcpu.name} does not leave its guest") from None
 
     def _irq_sink(self, platform: Platform, number: int) -> Callable[[bool], None]:
-        sink = platform.irq_sink(number)
+        sink = self._chips.sink(number) if self._chips else platform.irq_sink(number)
         if sink is None:
             vector = FIRST_VECTOR + number
             if vector > 255:

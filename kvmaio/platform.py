@@ -37,7 +37,7 @@ class Platform(Protocol):
         """Set XCR0 to what the host offers of x87, SSE and AVX, on every CPU."""
 
     def irq_sink(self, number: int) -> Callable[[bool], None] | None:
-        """What follows interrupt line `number`; None: the engine injects."""
+        """What follows interrupt line `number`; None: the engine does."""
 
     def post(self, address: int, size: int, is_pio: bool, timed: bool) -> None:
         """Batch the guest's writes there, where the host can."""
@@ -87,11 +87,6 @@ def open_platform(cpu: str, irqchip: str | None) -> Platform:
 
     if cpu == "soft":
         raise ConfigurationError('cpu="soft": this version of kvmaio has no software CPU yet')
-    if irqchip == "devices":
-        raise ConfigurationError(
-            'irqchip="devices" belongs to the software CPU, which this version does not have; '
-            'use irqchip="kernel"'
-        )
     if cpu == "auto" and (reason := usable()) is not None:
         raise ConfigurationError(f"no CPU model is usable here. KVM: {reason}")
     return KvmPlatform(irqchip)

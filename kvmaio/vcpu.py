@@ -136,6 +136,7 @@ class VCpu:
         state: see the module's drawing.
         stats: counters under gem5's names.
         halted: it is idle because of HLT.
+        awaits_start_up: it is idle because of INIT.
         was_stepped: `run()` has been called.
     """
 
@@ -156,6 +157,7 @@ class VCpu:
         self.model = model
         self.stats = CpuStatistics()
         self.halted = False
+        self.awaits_start_up = False
         self.was_stepped = False
         self._state = IDLE
         self._owner = owner
@@ -180,6 +182,8 @@ class VCpu:
         self._exit_due = False  # the run page holds an exit that is not served yet
         self._begun = False  # a device or handler has been given the exit due
         self._unanswered = False  # it has suspended, and its answer goes to the run page
+        self._init_due = False  # INIT came while something was in flight
+        self._start_up_due: int | None = None  # and then a start-up IPI
         self._wake = asyncio.Event()
         # Draining: on the way to rest, or there; and what becomes of it then.
         self._draining = self._at_rest = False
@@ -267,6 +271,7 @@ class VCpu:
             raise ConfigurationError(f"{self.name} is {self._state.value}, not Idle: it is active")
         if self._resumes:
             raise ConfigurationError(f"{self.name} is drained and will be active: it is already")
+        self.awaits_start_up = False
         idle_ns = self._clock.now_ns - self._idle_since_ns
         self.stats.numCycles += idle_ns * self._clock_hz // 1_000_000_000
         self._fresh = self._suspended = self.halted = False
@@ -309,12 +314,12 @@ class VCpu:
             ConfigurationError: no vector from 0 to 255.
         """
         self.interrupts.add(vector)
-        self._attend()
+        self.attend()
 
     async def nmi(self) -> None:
         """Pend a non-maskable interrupt."""
         self.interrupts.nmi = True
-        self._attend()
+        self.attend()
 
     async def at_instruction(self, count: int, *, from_now: bool = False) -> None:
         """Wait until the guest has executed `count` instructions since its reset.
@@ -357,6 +362,7 @@ class VCpu:
         self.reset_registers()
         self.interrupts.clear()
         self._fresh = False  # only the start-up IPI activates it
+        self.awaits_start_up = True
 
     def start_up(self, vector: int) -> None:
         """The start-up IPI: begin in real mode at address ``vector << 12``.
@@ -476,7 +482,8 @@ class VCpu:
         self._registers.replace(context)
         self._become_idle()
         self._fresh = True
-        self.halted = self._suspended = False
+        self.halted = self._suspended = self.awaits_start_up = False
+        self._init_due, self._start_up_due = False, None
         if self._entry.events is not None:
             self._entry.events.reset()
 
@@ -575,7 +582,46 @@ class VCpu:
     def trigger(self, vector: int) -> None:
         """`interrupt()` for callers that are no coroutines."""
         self.interrupts.add(vector)
-        self._attend()
+        self.attend()
+
+    def attend(self) -> None:
+        """Something is to be delivered: wake a halted guest, interrupt a running one."""
+        if self._closed:
+            return  # a device's timer may outlive the machine
+        if self.halted and self._state is IDLE:
+            if self.can_wake and not self._suspended:
+                self.activate()
+        else:
+            self.model.kick_run()
+
+    def receive_init(self) -> None:
+        """INIT of an interrupt controller: takes effect as soon as nothing is in flight.
+
+        The boot processor then starts anew, the others wait for a start-up IPI.
+        """
+        self._init_due, self._start_up_due = True, None
+        if self._state is not IDLE:
+            self._become_idle()
+        self._take_init()
+
+    def receive_start_up(self, vector: int) -> None:
+        """A start-up IPI of an interrupt controller; ignored unless INIT came before."""
+        if self._init_due or self.awaits_start_up:
+            self._start_up_due = vector
+            self._take_init()
+
+    def _take_init(self) -> None:
+        if self.inside or self._exit_due:
+            self.model.kick_run()  # then, once it is out and its exit served
+            return
+        is_due, vector = self._init_due, self._start_up_due
+        if is_due:
+            self.init()
+            if self.index == 0:
+                self.activate()
+        self._init_due, self._start_up_due = False, None
+        if vector is not None and self.awaits_start_up:
+            self.start_up(vector)
 
     def close(self) -> None:
         """End the model's thread. Idempotent."""
@@ -654,6 +700,8 @@ class VCpu:
         self._resumes = self._state is not IDLE
         self._state = IDLE
         self._at_rest = True
+        if self._init_due:
+            self._take_init()
         self._tell_drain_waiters()
 
     def _tell_drain_waiters(self) -> None:
@@ -768,6 +816,8 @@ class VCpu:
     async def _rest(self) -> None:
         if is_own_cancellation():
             raise asyncio.CancelledError  # a handler has taken it for its own
+        if self._init_due:
+            self._take_init()
         while not self._has_work:
             self._wake.clear()
             await self._wake.wait()
@@ -781,16 +831,6 @@ class VCpu:
     def _become_idle(self) -> None:
         self._state = IDLE
         self._idle_since_ns = self._clock.now_ns
-
-    def _attend(self) -> None:
-        """Something is to be delivered: wake a halted guest, interrupt a running one."""
-        if self._closed:
-            return  # a device's timer may outlive the machine
-        if self.halted and self._state is IDLE:
-            if self.can_wake and not self._suspended:
-                self.activate()
-        else:
-            self.model.kick_run()
 
     def _must_be_outside(self, what: str) -> None:
         if self.inside:

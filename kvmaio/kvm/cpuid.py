@@ -145,6 +145,7 @@ def select(
     vcpus: int = 1,
     *,
     local_apic: bool = True,
+    plain_apic: bool = False,
 ) -> list[CpuidEntry]:
     """The table for one vCPU of a machine with `vcpus`, by a policy or as given.
 
@@ -157,6 +158,7 @@ def select(
 
     Args:
         local_apic: false hides APIC, x2APIC and the TSC deadline timer.
+        plain_apic: true hides the last two only.
 
     Raises:
         ConfigurationError: an unknown policy, or a malformed table.
@@ -170,11 +172,14 @@ def select(
     entries = [_identified(entry, vcpu_id, vcpus) for entry in entries]
     if not local_apic:
         entries = [_masked(entry, _NO_APIC, keep=False) for entry in entries]
+    if plain_apic:
+        entries = [_masked(entry, _PLAIN_APIC, keep=False) for entry in entries]
     return sorted(entries, key=lambda entry: (entry.function, entry.index))
 
 
-_NO_APIC = {
-    (1, 0, "ecx"): _bits(21, 24),
+_PLAIN_APIC = {(1, 0, "ecx"): _bits(21, 24)}
+
+_NO_APIC = _PLAIN_APIC | {
     (1, 0, "edx"): _bits(9),
     (0x80000001, 0, "edx"): _bits(9),
 }

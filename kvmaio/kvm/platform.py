@@ -29,6 +29,7 @@ class KvmPlatform:
 
     def __init__(self, irqchip: str | None) -> None:
         self._irqchip = irqchip
+        self._has_lapic = irqchip in ("kernel", "split")  # KVM's own
         self._cpus: list[KvmCpu] = []
         self._fast: FastPaths | None = None
         self._irqfds: list[int] = []
@@ -59,7 +60,7 @@ class KvmPlatform:
             raise ConfigurationError(f"{count} vCPUs, but this host's KVM allows {most}")
         try:
             for index in range(count):
-                self._cpus.append(KvmCpu(self.hub, self.vm, index, self._irqchip is not None))
+                self._cpus.append(KvmCpu(self.hub, self.vm, index, self._has_lapic))
         except BaseException:
             for cpu in self._cpus:
                 cpu.close()
@@ -74,6 +75,7 @@ class KvmPlatform:
                 cpu.index,
                 len(self._cpus),
                 local_apic=self._irqchip is not None,
+                plain_apic=not self._has_lapic,
             )
             cpu.set_cpuid(entries)
 
@@ -82,7 +84,7 @@ class KvmPlatform:
             cpu.enable_xcr0()
 
     def irq_sink(self, number: int) -> Callable[[bool], None] | None:
-        if self._irqchip is None:
+        if self._irqchip in (None, "devices"):
             return None
         if self._irqchip == "split":
             raise ConfigurationError(

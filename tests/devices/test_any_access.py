@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from kvmaio.device import Device
 from kvmaio.devices import (
+    ApicBus,
     CountdownTimer,
     DebugConsole,
     DebugExit,
+    IoApic,
+    LocalApic,
     PciConfigPorts,
     Pic8259,
     Pit8254,
@@ -46,6 +49,8 @@ DEVICES: dict[str, Callable[[], Device]] = {
     "pseudo": pseudo_ops,
     "pic": Pic8259,
     "pit": Pit8254,
+    "ioapic": lambda: IoApic(ApicBus()),
+    "apic": LocalApic,
 }
 
 # Small numbers and single bits reach more states than evenly chosen ones.
