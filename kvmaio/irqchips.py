@@ -89,7 +89,7 @@ class _Pin:
 
     @property
     def pending(self) -> bool:
-        # The guest changes CR8 without an exit, and then other interrupts are let through.
+        # The guest may have changed CR8 since, and then others are let through.
         self._apic.take_cr8(self._vcpu.model.page.cr8)
         return self._apic.irq.level
 
@@ -121,10 +121,10 @@ class _ApicWindow(Device):
         self._apics = apics
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:
-        return self._apics[self._viewer()].read(offset, size)
+        return self._apics[self._look()].read(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> Awaitable[None] | None:
-        index = self._viewer()
+        index = self._look()
         pending = self._apics[index].write(offset, size, value)
         if pending is not None:
             return self._finish(pending, index)
@@ -142,9 +142,11 @@ class _ApicWindow(Device):
         if apic.task_priority >> 4 != vcpu.model.page.cr8:
             vcpu.context.cr8 = apic.task_priority >> 4
 
-    def _viewer(self) -> int:
-        """Who looks: the vCPU whose access is served."""
+    def _look(self) -> int:
+        """Who looks: the vCPU whose access is served. Its local APIC hears of CR8."""
         try:
-            return current_vcpu().index
+            index = current_vcpu().index
         except ConfigurationError:
             return 0
+        self._apics[index].take_cr8(self._vcpus[index].model.page.cr8)
+        return index
