@@ -75,6 +75,10 @@ class Console(Device):
         """The last lines that the guest printed."""
         return self._console.tail()
 
+    def forget(self) -> None:
+        """Drop what was printed so far, also for `expect()`."""
+        self._console.forget()
+
     def emit(self, data: bytes) -> Awaitable[None] | None:
         """For the device: `data` is printed. None, or what the guest has to wait for."""
         return self._console.write(data)

@@ -51,6 +51,11 @@ class ConsoleOutput:
         lines = bytes(self._kept[-TAIL_BYTES:]).decode(errors="backslashreplace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
 
+    def forget(self) -> None:
+        """Drop what was printed so far."""
+        self._kept.clear()
+        self._position = 0
+
     def write(self, data: bytes) -> Awaitable[None] | None:
         """Take what was printed; None, or what to await before more is printed."""
         old_length = len(self._kept)

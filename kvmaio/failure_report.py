@@ -39,8 +39,12 @@ class FlightRecorder:
     def __init__(self, machine: Machine, kept: int) -> None:
         self._machine = machine
         self._records: deque[Record] = deque(maxlen=kept)
-        if kept:
-            machine.trace(self._records.append)
+        self._trace = machine.trace(self._records.append) if kept else None
+
+    def close(self) -> None:
+        """Record no more. Idempotent."""
+        if self._trace is not None:
+            self._trace.close()
 
     def describe(self) -> str:
         """The last records, the vCPUs, the consoles' last lines, the devices' states."""

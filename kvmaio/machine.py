@@ -426,6 +426,8 @@ class Machine:
             Exception: whatever a device raised, with a note that says where.
         """
         self._opened()
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigurationError(f"{self.name} was entered on another event loop; run it there")
         self._check_not_running("run the machine")
         self._check_not_drained("be run")
         for vcpu in self.vcpus:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,9 +30,11 @@ import pytest
 
 # kvmaio itself is imported where it is used: every pytest session loads this module.
 if TYPE_CHECKING:
+    from kvmaio.checkpoint import Checkpoint
+    from kvmaio.failure_report import FlightRecorder
     from kvmaio.testing import BenchMachine
 
-__all__ = ["Boot"]
+__all__ = ["Boot", "booted_once"]
 
 
 class Boot(Protocol):
@@ -141,12 +143,13 @@ def pytest_runtest_makereport(
     return report
 
 
-def _record(request: pytest.FixtureRequest, machine: BenchMachine) -> None:
+def _record(request: pytest.FixtureRequest, machine: BenchMachine) -> FlightRecorder:
     """Have the machine's last doings in the report if the test fails."""
     from kvmaio.failure_report import FlightRecorder
 
     recorder = FlightRecorder(machine, request.config.getoption("kvmaio_last"))
     request.node.stash.setdefault(_recorders, []).append(recorder)
+    return recorder
 
 
 @pytest.fixture
@@ -215,10 +218,13 @@ async def boot(
     from kvmaio.testing import BenchMachine
 
     closing = AsyncExitStack()
+    loop = asyncio.get_running_loop()
 
     def boot(
         *code: str | bytes, mode: str = "real16", address: int = 0x1000, **options: Any
     ) -> BenchMachine:
+        if asyncio.get_running_loop() is not loop:
+            pytest.fail("the test runs on another event loop than its fixture boot (loop_scope)")
         lines = [piece for piece in code if isinstance(piece, str)]
         pieces = [piece for piece in code if isinstance(piece, bytes)]
         if (lines and pieces) or not code:
@@ -235,3 +241,83 @@ async def boot(
 
     async with closing:
         yield boot
+
+
+# ---- booted once ---------------------------------------------------------------------
+
+
+def booted_once(prepare: Callable[[str], AsyncIterator[BenchMachine]]) -> Any:
+    """Make a fixture of `prepare`: a machine that is booted once a module, and reset for each test.
+
+    ::
+
+        pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+        @booted_once
+        async def shell(cpu):
+            async with BenchMachine(cpu=cpu) as machine:
+                machine.load(Firmware("shell.bin"))
+                run = asyncio.create_task(machine.run())
+                await machine.serial.expect("$ ", timeout=10)
+                machine.stop()
+                await run
+                yield machine
+
+        async def test_echo(shell):
+            ...
+
+    Each test gets the machine as it was at the ``yield``, by `Machine.restore()`, which puts
+    back what the test before has changed; consoles begin empty. The tests must share the
+    module's event loop, as above.
+    """
+
+    @async_fixture(name=prepare.__name__, loop_scope="module")
+    async def booted(
+        _kvmaio_booted: _Booted, kvmaio_cpu: str, request: pytest.FixtureRequest
+    ) -> AsyncIterator[BenchMachine]:
+        machine = await _kvmaio_booted.get(prepare, kvmaio_cpu)
+        recorder = _record(request, machine)
+        try:
+            yield machine
+        finally:
+            recorder.close()
+            await _kvmaio_booted.reset(machine)
+
+    return booted
+
+
+class _Booted:
+    """The machines of one module that are booted once, and how they are to be again."""
+
+    def __init__(self, closing: AsyncExitStack) -> None:
+        self._closing = closing
+        self._machines: dict[tuple[object, str], BenchMachine] = {}
+        self._checkpoints: dict[BenchMachine, Checkpoint] = {}
+
+    async def get(
+        self, prepare: Callable[[str], AsyncIterator[BenchMachine]], cpu: str
+    ) -> BenchMachine:
+        machine = self._machines.get((prepare, cpu))
+        if machine is None:
+            machine = await self._closing.enter_async_context(asynccontextmanager(prepare)(cpu))
+            self._checkpoints[machine] = await machine.checkpoint()
+            await self.reset(machine)  # also before the first test: all are to be alike
+            self._machines[prepare, cpu] = machine
+        return machine
+
+    async def reset(self, machine: BenchMachine) -> None:
+        from kvmaio.devices import Console
+
+        machine.stop("the test is over")
+        while machine.is_running:  # noqa: ASYNC110 (run() has no event for others)
+            await asyncio.sleep(0)
+        await machine.restore(self._checkpoints[machine])
+        for device in machine.devices.values():
+            if isinstance(device, Console):
+                device.forget()
+
+
+@async_fixture(scope="module", loop_scope="module")
+async def _kvmaio_booted() -> AsyncIterator[_Booted]:
+    async with AsyncExitStack() as closing:
+        yield _Booted(closing)

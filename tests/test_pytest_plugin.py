@@ -203,3 +203,70 @@ def test_wrong_marks_are_errors(run_tests):
     )
     assert result.ret != 0
     result.stdout.fnmatch_lines(["*kvmaio_loop takes some of wall, simulated*"])
+
+
+@pytest.mark.kvm
+def test_a_machine_booted_once_and_reset_for_each_test(run_tests):
+    result = run_tests(
+        """
+        import asyncio
+        import pytest
+        from kvmaio import Device, Register
+        from kvmaio.boot import Flat
+        from kvmaio.pytest_plugin import booted_once
+        from kvmaio.testing import BenchMachine
+
+        pytestmark = pytest.mark.asyncio(loop_scope="module")
+        boots = 0
+
+        # mov dx, 0x3f8; mov al, '$'; out dx, al; L: in al, 0x60; out dx, al; inc byte [0x2000];
+        # mov al, [0x2000]; add al, '0'; out dx, al; jmp L
+        CODE = bytes.fromhex("baf803 b024 ee e460 ee fe060020 a00020 0430 ee ebf1")
+
+        class Key(Device):
+            value = Register(0)
+
+            @value.on_read
+            async def wait(self):
+                return await self.keys.get()
+
+        @booted_once
+        async def shell(cpu):
+            global boots
+            boots += 1
+            async with BenchMachine(cpu=cpu) as machine:
+                key = machine.attach(Key(), pio=0x60, name="key")
+                key.keys = asyncio.Queue()
+                machine.load(Flat(CODE, 0x1000))
+                run = asyncio.create_task(machine.run())
+                await machine.serial.expect("$", timeout=10)
+                key.keys.put_nowait(ord("x"))
+                await machine.serial.expect("x1", timeout=10)
+                key.keys.put_nowait(ord("y"))
+                machine.stop()
+                await run
+                yield machine
+
+        @pytest.mark.parametrize("number", range(4))
+        async def test_counts_from_the_same_number(shell, number):
+            assert boots == 1
+            assert shell.serial.output == b""
+            run = asyncio.create_task(shell.run())
+            shell.devices["key"].keys.put_nowait(ord("k"))
+            text = await shell.serial.expect("2", timeout=10)
+            assert shell.memory.read(0x2000, 1) == b"\\x02"
+            if number == 1:
+                assert False
+            if number == 2:
+                run.cancel()
+
+        @pytest.mark.asyncio(loop_scope="function")
+        async def test_the_fixtures_still_work(boot):
+            await boot(bytes.fromhex("f4")).run()
+
+        async def test_boot_belongs_to_one_loop(boot):
+            with pytest.raises(pytest.fail.Exception, match="another event loop"):
+                boot(bytes.fromhex("f4"))
+        """,
+    )
+    result.assert_outcomes(passed=5, failed=1)
