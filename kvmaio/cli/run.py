@@ -10,7 +10,8 @@ from typing import Any, Literal
 import attrs
 import click
 
-from ..boot import BootState, FaultFrame, Image
+from ..boot import FaultFrame, Image
+from ..checkpoint import Checkpoint
 from ..doctor import why_no_guest
 from ..exits import Exited, Halted, Outcome, Shutdown, Stopped
 from ..loops import run as run_on_loop
@@ -19,6 +20,7 @@ from .board import build_board
 from .console import StandardConsole
 from .image import KINDS, PC_KINDS, ImageChoice, read_image
 from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, show_statistics
+from .resume import BOARD_FROM_CHECKPOINT, check_board, save
 
 __all__ = ["run"]
 
@@ -43,7 +45,7 @@ class RunCommand(click.Command):
     """Lets ``--stats`` stand alone, also right before the image."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        followers = [*args[1:], ""]
+        followers = [*args[1:], ""][: len(args)]
         args = [
             "--stats=text" if arg == "--stats" and follower not in STATISTICS else arg
             for arg, follower in zip(args, followers, strict=True)
@@ -56,7 +58,9 @@ class Options:
     """The options as typed."""
 
     image: ImageChoice
-    memory: str
+    from_: Checkpoint | None
+    save: str | None
+    memory: str | int
     vcpus: int
     cpu: str
     irqchip: str | None
@@ -77,12 +81,14 @@ class Ending:
         message: a line for standard error.
         details: more of it, on request.
         by_itself: nobody ended it from outside; then a slow reader gets all of the output.
+        failed: by an error, so that there is nothing to go on with.
     """
 
     status: int
     message: str | None = None
     details: str = ""
     by_itself: bool = True
+    failed: bool = False
 
 
 @click.command(
@@ -91,6 +97,7 @@ class Ending:
 \b
 Examples:
   kvmaio run /usr/share/seabios/bios.bin --kind firmware --until "No bootable device"
+  kvmaio run kernel.elf --until "login:" --save booted.ckpt; kvmaio run --from booted.ckpt
   printf '\\272\\370\\003\\260A\\356\\364' | kvmaio run - --mode real16 --stats
 \b
 The board: UART at port 0x3f8 (irq 4), debug consoles at 0x402 and 0xe9, debug exit at 0xf4;
@@ -100,7 +107,9 @@ Exit status: 0 the guest halted or powered off, or --until was seen; the guest's
 it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout; 130 Ctrl-C.
 """,
 )
-@click.argument("image", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument(
+    "image", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False
+)
 @click.option(
     "--kind",
     type=click.Choice(["auto", *KINDS]),
@@ -157,6 +166,19 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
     metavar="FACTOR",
     help="Hold simulated time to this multiple of the wall clock.",
 )
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Save a checkpoint when the run ends by --until, --timeout or by itself.",
+)
+@click.option(
+    "--from",
+    "from_",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Go on from a checkpoint instead of an image.",
+)
 @click.option("--until", metavar="TEXT", help="End the run once the console shows this text.")
 @click.option(
     "--stats",
@@ -177,19 +199,22 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
 )
 @click.option("--verbose", is_flag=True, help="Say what is done; registers with an error.")
 def run(
-    image: str,
+    image: str | None,
     kind: str,
     mode: str | None,
     address: int | None,
     append: str | None,
     initrd: str | None,
     irqchip: str | None,
+    from_: str | None,
     until: str | None,
     time: Literal["wall", "simulated"],
     pace: float | None,
     **others: Any,
 ) -> int:
     """Run IMAGE, a file or a pipe (- is standard input), until its guest ends.
+
+    Or, with --from, go on with the guest of a checkpoint.
 
     What the guest prints goes to standard output, what is typed goes to its
     serial port; everything else is on standard error. Ctrl-C ends the run.
@@ -202,30 +227,52 @@ def run(
         raise click.UsageError("--trace-filter needs --trace FILE.")
     if until == "":
         raise click.BadParameter("the text is empty", param_hint="--until")
+    if from_ is not None:
+        _refuse_beside_from()
+    elif image is None:
+        raise click.UsageError("Name an IMAGE, or a checkpoint with --from.")
     choice = ImageChoice(
-        path=image,
+        path=image or "",
         kind=None if kind == "auto" else kind,
         mode=mode,
         address=address,
         append=append,
         initrd=initrd,
     )
-    options = Options(image=choice, irqchip=irqchip, until=until, **others)
-    found, loadable = read_image(choice)
+    loadable: Image | None = None
+    if from_ is None:
+        saved = None
+        found, loadable = read_image(choice)
+        pc = found in PC_KINDS
+        irqchip = irqchip or ("kernel" if pc else "none")
+    else:
+        saved = Checkpoint.load(from_)
+        pc = check_board(from_, saved)
+        shape = saved.shape
+        irqchip = shape.irqchip or "none"
+        others["vcpus"] = shape.vcpus
+        others["memory"] = sum(r.size for r in shape.memory if not r.readonly)
+    options = Options(image=choice, from_=saved, irqchip=irqchip, until=until, **others)
     if (reason := why_no_guest()) is not None:
         say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
         return EXIT_ERROR
-    return run_on_loop(_run(options, found, loadable), time=time, pace=pace)
+    return run_on_loop(_run(options, pc, loadable), time=time, pace=pace)
 
 
-async def _run(options: Options, kind: str, image: Image) -> int:
-    pc = kind in PC_KINDS
-    irqchip = options.irqchip or ("kernel" if pc else "none")
+def _refuse_beside_from() -> None:
+    context = click.get_current_context()
+    for name in BOARD_FROM_CHECKPOINT:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            what = "an IMAGE" if name == "image" else f"--{name}"
+            raise click.UsageError(f"{what} beside --from: the checkpoint decides that.")
+
+
+async def _run(options: Options, pc: bool, image: Image | None) -> int:
     machine = Machine(
         memory=options.memory,
         vcpus=options.vcpus,
         cpu=options.cpu,
-        irqchip=None if irqchip == "none" else irqchip,
+        irqchip=None if options.irqchip == "none" else options.irqchip,
     )
     board = build_board(machine, pc=pc, vcpus=options.vcpus)
     console = StandardConsole(
@@ -236,16 +283,22 @@ async def _run(options: Options, kind: str, image: Image) -> int:
         stop=machine.stop,
     )
     async with machine:
-        boot = machine.load(image)
+        if image is not None:
+            machine.load(image)
+        elif options.from_ is not None:
+            await machine.restore(options.from_)
         if options.trace:
             machine.trace(options.trace, only=options.trace_filter or "")
         if options.verbose:
-            say(f"{kind} image {options.image.path} on {machine!r}, {options.image.mode or kind}")
+            what = f"image {options.image.path}" if image is not None else "the checkpoint"
+            say(f"{what} on {machine!r}")
         await console.connect()
         ending = Ending(status=EXIT_INTERRUPTED, by_itself=False)
         try:
             with console.keyboard(), _Terminable() as terminable:
-                ending = await _ending(machine, boot, options, console)
+                ending = await _ending(machine, options, console)
+            if options.save and not ending.failed:
+                await save(machine, options.save)
             if terminable.signal is not None:
                 ending = Ending(status=128 + terminable.signal, by_itself=False)
         finally:
@@ -260,9 +313,7 @@ async def _run(options: Options, kind: str, image: Image) -> int:
     return ending.status
 
 
-async def _ending(
-    machine: Machine, boot: BootState, options: Options, console: StandardConsole
-) -> Ending:
+async def _ending(machine: Machine, options: Options, console: StandardConsole) -> Ending:
     """Run the machine; how it ended."""
     try:
         async with asyncio.timeout(options.timeout) as limit:
@@ -279,10 +330,10 @@ async def _ending(
         return Ending(status=0)
     if console.is_gone:
         return Ending(status=EXIT_ERROR, message="nobody reads standard output any more")
-    return _by_outcome(outcome, machine, boot)
+    return _by_outcome(outcome, machine)
 
 
-def _by_outcome(outcome: Outcome, machine: Machine, boot: BootState) -> Ending:
+def _by_outcome(outcome: Outcome, machine: Machine) -> Ending:
     match outcome:
         case Halted() | Stopped(reason="powered off"):
             return Ending(status=0)
@@ -290,8 +341,8 @@ def _by_outcome(outcome: Outcome, machine: Machine, boot: BootState) -> Ending:
             return Ending(status=code)
         case Shutdown(dump):
             fault = None
-            if boot.fault_frame is not None:
-                fault = FaultFrame.read(machine.memory, boot.fault_frame)
+            if machine.fault_frame is not None:
+                fault = FaultFrame.read(machine.memory, machine.fault_frame)
             at = f"; the fault was {fault}" if fault else ""
             return Ending(
                 status=EXIT_ERROR,
@@ -304,7 +355,7 @@ def _by_outcome(outcome: Outcome, machine: Machine, boot: BootState) -> Ending:
 
 def _failure(error: BaseException, machine: Machine) -> Ending:
     status, message = explain(error)
-    return Ending(status=status, message=message, details=machine.dump())
+    return Ending(status=status, message=message, details=machine.dump(), failed=True)
 
 
 class _Terminable:

@@ -1,0 +1,90 @@
+"""``kvmaio run --save`` and ``--from``, as a user has them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvmaio import Machine
+from tests.assembler import assemble
+from tests.test_cli import error_line, kvmaio
+
+# Prints a and waits for as long as it takes to be stopped; then b, and ends with the code 7.
+LETTERS = assemble(
+    (
+        *("mov dx, 0x3f8", "mov al, 0x61", "out dx, al", "mov ecx, 300000"),
+        *("wait: dec ecx", "jnz wait", "mov al, 0x62", "out dx, al", "mov al, 3", "out 0xf4, al"),
+    ),
+    "real16",
+    0x1000,
+)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint, taken when the guest had printed its first letter."""
+    image = tmp_path / "letters.bin"
+    image.write_bytes(LETTERS)
+    path = tmp_path / "a.ckpt"
+    result = kvmaio("run", str(image), "--until", "a", "--save", str(path), "--memory", "1M")
+    assert (result.returncode, result.stdout) == (0, b"a")
+    assert error_line(result).startswith(f"kvmaio: saved {path} (0.")
+    return path
+
+
+@pytest.mark.kvm
+def test_goes_on_from_there(saved):
+    for _ in range(2):
+        result = kvmaio("run", "--from", str(saved))
+        assert (result.returncode, result.stdout, result.stderr) == (7, b"b", b"")
+
+
+@pytest.mark.kvm
+def test_timeout_saves_too(saved, tmp_path):
+    later = tmp_path / "later.ckpt"
+    result = kvmaio("run", "--from", str(saved), "--timeout", "0.05", "--save", str(later))
+    assert result.returncode == 124
+    assert b"saved" in result.stderr
+    assert kvmaio("run", "--from", str(later)).stdout == b"b"
+
+
+@pytest.mark.kvm
+def test_usage(saved, tmp_path):
+    for arguments, hint in {
+        (): b"Name an IMAGE, or a checkpoint with --from",
+        ("x.bin", "--from", str(saved)): b"does not exist",
+        (str(saved), "--from", str(saved)): b"an IMAGE beside --from",
+        ("--from", str(saved), "--memory", "2M"): b"--memory beside --from",
+        ("--from", str(saved), "--vcpus", "2"): b"--vcpus beside --from",
+        ("--from", str(tmp_path / "none")): b"does not exist",
+    }.items():
+        result = kvmaio("run", *arguments)
+        assert result.returncode == 2, arguments
+        assert hint in result.stderr
+
+
+@pytest.mark.kvm
+def test_damaged_and_foreign_files(saved, tmp_path):
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(saved.read_bytes()[:-100])
+    result = kvmaio("run", "--from", str(damaged))
+    assert (result.returncode, str(damaged) in error_line(result)) == (1, True)
+
+
+@pytest.mark.kvm
+async def test_checkpoint_of_another_program(tmp_path):
+    async with Machine(memory="1M") as machine:
+        (await machine.checkpoint()).save(tmp_path / "other.ckpt")
+    result = kvmaio("run", "--from", str(tmp_path / "other.ckpt"))
+    assert result.returncode == 1
+    assert "not of a machine that `kvmaio run` builds" in error_line(result)
+
+
+@pytest.mark.kvm
+def test_nowhere_to_save(saved, tmp_path):
+    result = kvmaio("run", "--from", str(saved), "--save", str(tmp_path / "no" / "where"))
+    assert result.returncode == 1
+    assert isinstance(result, subprocess.CompletedProcess)
+    assert "where" in error_line(result)
