@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 __all__ = ["IrqLine", "IrqSink"]
 
@@ -23,7 +24,7 @@ class IrqLine:
         edges: how often the line went from low to high.
     """
 
-    __slots__ = ("_own", "_high_inputs", "_sinks", "edges", "level", "name")
+    __slots__ = ("_filters", "_high_inputs", "_own", "_sinks", "_told", "edges", "level", "name")
 
     def __init__(self, name: str = "irq") -> None:
         self.name = name
@@ -32,6 +33,8 @@ class IrqLine:
         self._own = False
         self._high_inputs = 0
         self._sinks: list[IrqSink] = []
+        self._told = False  # what the sinks heard last
+        self._filters: list[Callable[[bool, IrqSink], None]] = []
 
     def set(self, level: bool) -> None:
         """Drive the line; sinks hear of it only if its level changes."""
@@ -53,13 +56,27 @@ class IrqLine:
     def connect(self, sink: IrqSink) -> None:
         """Call `sink` at each change, and now if the line is high."""
         self._sinks.append(sink)
-        if self.level:
+        if self._told:
             sink(True)
 
     def disconnect(self, sink: IrqSink) -> None:
         """Take back `connect()`; an unknown sink is ignored."""
         if sink in self._sinks:
             self._sinks.remove(sink)
+
+    @contextmanager
+    def through(self, filter: Callable[[bool, IrqSink], None]) -> Iterator[None]:
+        """Within the block, changes go to ``filter(level, deliver)`` first, not to the sinks.
+
+        `deliver` tells them a level, now or later. Afterwards they hear the line's own.
+        """
+        self._filters.append(filter)
+        try:
+            yield
+        finally:
+            self._filters.remove(filter)
+            if not self._filters and self._told != self.level:
+                self._tell(self.level)
 
     def input(self) -> IrqSink:
         """Return a further input: a callable that takes this input's level."""
@@ -79,8 +96,21 @@ class IrqLine:
         if now != self.level:
             self.level = now
             self.edges += now
-            for sink in tuple(self._sinks):
-                sink(now)
+            self._pass_on(now, len(self._filters))
+
+    def _pass_on(self, level: bool, filters: int) -> None:
+        """To the sinks, through so many filters; the one that came last is the first to see it."""
+        filters = min(filters, len(self._filters))  # what was delayed may outlive a filter
+        if filters:
+            filter = self._filters[filters - 1]
+            filter(level, lambda level: self._pass_on(level, filters - 1))
+        else:
+            self._tell(level)
+
+    def _tell(self, level: bool) -> None:
+        self._told = level
+        for sink in tuple(self._sinks):
+            sink(level)
 
     def __repr__(self) -> str:
         return f"<IrqLine {self.name} {'high' if self.level else 'low'}>"

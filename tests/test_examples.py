@@ -30,6 +30,11 @@ PROMISED = {
         tick 1
         .*Halted\(\): the guest read \[20, 21, 22\] degrees
     """,
+    "fault_injection": r"""
+        Halted\(\): the guest took \[20, 20, 20, 20, 20, 20\]
+        2 of 8 readings were wrong
+        the first, in the trace: sensor, temperature: bits 0x40 flipped
+    """,
     "simulated_time": r"""
          50.0 min  50 litres: the guest opens the valve
          60.0 min  Stopped\(reason='an hour is over'\), and less than a minute went by: True
