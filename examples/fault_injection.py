@@ -10,7 +10,7 @@ import kvmaio
 from kvmaio import Access, Device, Machine, Register, faults
 from kvmaio.boot import Flat
 from kvmaio.devices import Uart16550
-from kvmaio.trace import FaultRecord
+from kvmaio.trace import Record
 
 CODE = bytes.fromhex(
     "b90600"  #        mov cx, 6
@@ -38,7 +38,7 @@ async def main() -> None:
         uart = machine.attach(Uart16550(), pio=0x3F8)
         sensor = machine.attach(Sensor(), pio=0x50, name="sensor")
         machine.load(Flat(CODE, address=0x1000, mode="real16"))
-        seen: list[FaultRecord] = []
+        seen: list[Record] = []
         with (
             machine.trace(seen.append, only="fault"),
             faults.flip_bits(machine, sensor, "temperature", 0x40, faults.every(3)) as fault,
@@ -46,7 +46,7 @@ async def main() -> None:
             outcome = await machine.run()
     print(f"{outcome}: the guest took {list(uart.output)}")
     print(f"{fault.count} of {fault.opportunities} readings were wrong")
-    print(f"the first, in the trace: {seen[0].source}, {seen[0].what}")
+    print(f"the first, in the trace: {seen[0]}")
 
 
 if __name__ == "__main__":

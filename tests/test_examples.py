@@ -33,7 +33,7 @@ PROMISED = {
     "fault_injection": r"""
         Halted\(\): the guest took \[20, 20, 20, 20, 20, 20\]
         2 of 8 readings were wrong
-        the first, in the trace: sensor, temperature: bits 0x40 flipped
+        the first, in the trace: FaultRecord\(.*'sensor', what='temperature: bits 0x40 flipped'\)
     """,
     "simulated_time": r"""
          50.0 min  50 litres: the guest opens the valve

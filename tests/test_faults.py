@@ -12,7 +12,7 @@ from kvmaio.errors import ConfigurationError
 from kvmaio.irq import IrqLine
 from kvmaio.testing import RecordingIrq
 from kvmaio.trace import FaultRecord, LineRecord
-from tests.engine.support import deadline
+from tests.engine.support import deadline, until
 
 pytestmark = pytest.mark.kvm
 
@@ -85,8 +85,7 @@ async def test_a_slow_device_holds_up_its_vcpu_only(boot):
     with faults.slow_device(machine, sensor, 0.05) as fault:
         async with deadline():
             running = asyncio.create_task(machine.run())
-            while fault.count == 0:
-                await asyncio.sleep(0)
+            await until(lambda: fault.count)
             assert await machine.pio.read(0x72, 1) == other.status  # which is not slow
             assert not running.done()
             assert await running == Halted()
@@ -155,8 +154,7 @@ async def test_a_guest_misses_an_interrupt(boot):
     with faults.drop_interrupts(machine, machine.irq(5), when=lambda n: n == 1) as fault:
         async with deadline():
             running = asyncio.create_task(machine.run())
-            while not fault.count:
-                await asyncio.sleep(0)
+            await until(lambda: fault.count)
             timer.irq.set(False)  # somebody looks after it: level-triggered, it would stay high
             timer.status = type(timer.status)(0)
             assert await running == Halted()
@@ -167,7 +165,7 @@ async def test_a_guest_misses_an_interrupt(boot):
 
 async def test_what_cannot_be_at_fault(machine, sensor):
     class Shared(Device):
-        ready = SharedRegister(0x0)
+        ready: SharedRegister[int] = SharedRegister(0x0)
 
     shared = machine.attach(Shared(), pio=0x70)
     with pytest.raises(ConfigurationError, match=r"'x'; there are: value, status, later"):
@@ -184,7 +182,8 @@ def test_chance_is_the_same_with_the_same_seed():
 
 
 def test_filters_of_a_line_stand_one_before_another():
-    line, heard, order = IrqLine(), [], []
+    line, heard = IrqLine(), list[bool]()
+    order: list[str] = []
     line.connect(heard.append)
     kept: list = []
 
