@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import snapshot
 from .errors import ConfigurationError
+from .memory_image import MemoryImage
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -20,6 +21,7 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
     if count < 1:
         raise ConfigurationError(f"{count} copies of a machine: at least 1")
     checkpoint = snapshot.capture(machine)
+    MemoryImage.of(checkpoint).put_into(machine.memory)  # it shares its memory with the copies
     copies: list[Machine] = []
     try:
         for number in range(count):

@@ -86,6 +86,11 @@ class MemoryImage:
                 "pwrite", error.errno or 28, "no room for the checkpoint's memory"
             ) from None
 
+    def serves(self, checkpoint: Checkpoint) -> None:
+        """Be the image of `checkpoint` too, if its memory is the same."""
+        if checkpoint.memory == self.pages:
+            self._of[checkpoint] = self
+
     def put_into(self, memory: GuestMemory) -> None:
         """Have `memory` hold what the image does: its regions must be the same.
 

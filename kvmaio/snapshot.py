@@ -74,7 +74,7 @@ def capture(machine: Machine) -> Checkpoint:
     from . import __version__
 
     platform = machine.platform
-    return Checkpoint(
+    checkpoint = Checkpoint(
         shape=shape_of(machine),
         cpus=[vcpu.save() for vcpu in machine.vcpus],
         devices={name: save_device(device) for name, device in machine.devices.items()},
@@ -91,6 +91,9 @@ def capture(machine: Machine) -> Checkpoint:
             "lines": {str(number): line.own for number, line in machine.lines.items()},
         },
     )
+    if machine.memory.image is not None:
+        machine.memory.image.serves(checkpoint)
+    return checkpoint
 
 
 def _capture_memory(memory: GuestMemory) -> dict[int, MemoryPages]:

@@ -1,19 +1,20 @@
 """Benchmarks: ``kvmaio bench``, and the figures of ``docs/performance.md``.
 
-===========  =================================================================
-`harness`    interleaved rounds, rows, figures and gates
-`guests`     machine code, devices and the raw loop of C
-`exits`      exits back to back, by kind of access and of handler
-`compute`    guests that mostly compute
-`posted`     posted writes and doorbells
-`timers`     runs of one millisecond
-`kicks`      from a kick until `run()` has come back
-`latency`    the loop's other work beside a storm
-`scale`      many machines, and two that compete
-`machines`   start-up, memory and idle machines
-`peers`      QEMU and Unicorn
-`tracing`    exits with a trace on
-===========  =================================================================
+=============  ===============================================================
+`harness`      interleaved rounds, rows, figures and gates
+`guests`       machine code, devices and the raw loop of C
+`exits`        exits back to back, by kind of access and of handler
+`compute`      guests that mostly compute
+`posted`       posted writes and doorbells
+`timers`       runs of one millisecond
+`kicks`        from a kick until `run()` has come back
+`latency`      the loop's other work beside a storm
+`scale`        many machines, and two that compete
+`machines`     start-up, memory and idle machines
+`peers`        QEMU and Unicorn
+`tracing`      exits with a trace on
+`checkpoints`  drains, resets, forks
+=============  ===============================================================
 
 A family is an asynchronous generator of rows; `FAMILIES` names them.
 """
@@ -32,7 +33,19 @@ import attrs
 from ..errors import ConfigurationError, KvmaioError
 from ..kvm.host import Kvm, kvm_kind
 from ..kvm.promotion import Costs
-from . import compute, exits, kicks, latency, machines, peers, posted, scale, timers, tracing
+from . import (
+    checkpoints,
+    compute,
+    exits,
+    kicks,
+    latency,
+    machines,
+    peers,
+    posted,
+    scale,
+    timers,
+    tracing,
+)
 from .harness import Bench, OtherLoad, Row
 
 __all__ = ["FAMILIES", "LOOPS", "Family", "Report", "measure"]
@@ -67,6 +80,7 @@ FAMILIES = {
     "scale": Family("Storming machines with async handlers", scale.measure),
     "machines": Family("Idle machines", machines.measure, loop_matters=False),
     "tracing": Family("Exits with a trace on, async handler", tracing.measure),
+    "checkpoints": Family("Drains, resets and forks", checkpoints.measure, loop_matters=False),
     "peers": Family("Against others, one byte after another", peers.measure, loop_matters=False),
 }
 
