@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import subprocess
 import sys
 
+import attrs
 import pytest
 
 from kvmaio import (
@@ -20,6 +22,7 @@ from kvmaio import (
     VCpuState,
 )
 from kvmaio.boot import Flat
+from kvmaio.checkpoint import SavedCpu
 from kvmaio.devices import CountdownTimer, DebugExit
 from kvmaio.errors import ConfigurationError
 from tests.assembler import assemble
@@ -342,3 +345,117 @@ async def test_incremental_on_a_base(boot):
         change = later.since(base)
         assert [page for pages in change.memory.values() for page in pages.given_pages()] == [5]
         assert change.on(base) == later
+
+
+# ---- KVM's own interrupt controllers, several vCPUs ---------------------------------------
+
+TICKS = (
+    # IRQ 0 of the PIT through the PIC at vector 0x20; the handler counts in memory.
+    *("cli", "xor ax, ax", "mov ds, ax", "mov word ptr [0x80], offset handler"),
+    *("mov word ptr [0x82], 0", "mov al, 0x11", "out 0x20, al", "mov al, 0x20", "out 0x21, al"),
+    *("mov al, 4", "out 0x21, al", "mov al, 1", "out 0x21, al", "mov al, 0xfe", "out 0x21, al"),
+    *("mov al, 0x34", "out 0x43, al", "mov al, 0x00", "out 0x40, al", "mov al, 0x08"),
+    *("out 0x40, al", "sti", "wait: hlt", "jmp wait"),
+    *(
+        "handler: inc word ptr [0x5000]",
+        "push ax",
+        "mov al, 0x20",
+        "out 0x20, al",
+        "pop ax",
+        "iret",
+    ),
+)
+
+
+@pytest.mark.kvm
+async def test_kernels_pit_and_pic_go_on():
+    """A guest that sleeps between the ticks of KVM's own timer, moved from machine to machine."""
+    code = assemble(TICKS, "real16", 0x1000)
+    saved: Checkpoint | None = None
+    async with deadline(30):
+        for _ in range(5):
+            async with Machine(memory="1M", irqchip="kernel") as machine:
+                if saved is None:
+                    machine.load(Flat(code, 0x1000))
+                else:
+                    await machine.restore(saved)
+                before = counted(machine)
+                run = asyncio.create_task(machine.run())
+                await until(lambda: counted(machine) > before + 5)  # noqa: B023
+                saved = await machine.checkpoint()
+                machine.stop()
+                await run
+
+
+# In-kernel timers count on while nobody enters a vCPU; see docs/checkpoints.md.
+DRIFTS = {"kvm_clock", "kvm_pit"}
+APIC_CURRENT_COUNT = slice(0x390, 0x394)
+
+
+@pytest.mark.kvm
+async def test_round_trip_with_kernel_irqchip_is_identical_but_for_its_timers():
+    code = assemble(TICKS, "real16", 0x1000)
+    async with deadline(), Machine(memory="1M", irqchip="kernel", vcpus=2) as machine:
+        machine.load(Flat(code, 0x1000))
+        run = asyncio.create_task(machine.run())
+        await until(lambda: counted(machine) > 5)
+        first = await machine.checkpoint()
+        machine.stop()
+        await run
+        async with Machine(memory="1M", irqchip="kernel", vcpus=2) as other:
+            await other.restore(first)
+            second = await other.checkpoint()
+        drifting = differing(first, second)
+        assert set(drifting.pop("vm", [])) <= DRIFTS | {"kvm_pic_master"}  # a tick may have come
+        assert drifting.pop("machine") == ["time_ns"]
+        assert drifting.pop("cpus", None) is None or [without_timer(cpu) for cpu in first.cpus] == [
+            without_timer(cpu) for cpu in second.cpus
+        ]
+        assert drifting == {}
+
+
+def without_timer(saved: SavedCpu) -> SavedCpu:
+    lapic = saved.state.lapic
+    assert lapic is not None
+    page = bytearray(lapic)
+    page[APIC_CURRENT_COUNT] = bytes(4)
+    return attrs.evolve(saved, state=attrs.evolve(saved.state, lapic=bytes(page)))
+
+
+# Each of the vCPUs counts in a word of its own, by its APIC id.
+EACH_COUNTS = (
+    *("mov eax, 1", "cpuid", "shr ebx, 24", "shl bx, 2", "add bx, 0x5000"),
+    *("again: inc dword ptr [bx]", "mov eax, [bx]", "test al, 0x7f", "jnz again"),
+    *("out 0x60, al", "jmp again"),
+)
+
+
+@pytest.mark.kvm
+async def test_four_vcpus_go_on_elsewhere():
+    code = assemble(EACH_COUNTS, "real16", 0x1000)
+
+    def counts(machine: Machine) -> list[int]:
+        return [int.from_bytes(machine.memory.read(0x5000 + 4 * n, 4), "little") for n in range(4)]
+
+    saved: Checkpoint | None = None
+    async with deadline(30):
+        for _ in range(5):
+            async with Machine(memory="1M", vcpus=4) as machine:
+                machine.attach(Diary(), pio=0x60)
+                if saved is None:
+                    machine.load(Flat(code, 0x1000))
+                else:
+                    await machine.restore(saved)
+                run = asyncio.create_task(machine.run())
+                if saved is None:
+                    for vcpu in machine.vcpus[1:]:
+                        vcpu.init()
+                        vcpu.start_up(1)
+                before = counts(machine)
+                wanted = [count + 100 for count in before]
+                await until(
+                    lambda: all(map(operator.gt, counts(machine), wanted))  # noqa: B023
+                )
+                saved = await machine.checkpoint()
+                machine.stop()
+                await run
