@@ -508,6 +508,7 @@ class VCpu:
             "fresh": self._fresh,
             "halted": self.halted,
             "suspended": self._suspended,
+            "awaits_start_up": self.awaits_start_up,
             "was_stepped": self.was_stepped,
             "vectors": self.interrupts.pending,
             "nmi": self.interrupts.nmi,
@@ -518,6 +519,7 @@ class VCpu:
     def restore(self, saved: SavedCpu) -> None:
         """Take back what `save()` gave, at rest; see `drain`."""
         engine = saved.engine
+        self._init_due, self._start_up_due = False, None
         self._exit_due = self._begun = False
         self._drain_error = None
         self.model.write_state(saved.state)
@@ -528,6 +530,7 @@ class VCpu:
         self._fresh = bool(engine["fresh"])
         self.halted = bool(engine["halted"])
         self._suspended = bool(engine["suspended"])
+        self.awaits_start_up = bool(engine["awaits_start_up"])
         self.was_stepped = self.was_stepped or bool(engine["was_stepped"])
         self.interrupts.clear()
         for vector in engine["vectors"]:

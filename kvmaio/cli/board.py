@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from ..devices import DebugConsole, DebugExit, RtcMc146818, Uart16550
+from ..devices import DebugConsole, DebugExit, Pit8254, RtcMc146818, SystemPortB, Uart16550
 from ..machine import Machine
 
 __all__ = ["Board", "build_board"]
@@ -22,7 +22,7 @@ class Board:
 
 
 def build_board(machine: Machine, *, pc: bool, vcpus: int) -> Board:
-    """Attach the devices; a PC also gets its clock (its PIT comes with the irqchip)."""
+    """Attach the devices; a PC also gets its clock and, where KVM has none, its timer."""
     # A split irqchip has no IOAPIC: nothing there takes an interrupt line.
     has_lines = machine.irqchip != "split"
     uart = machine.attach(Uart16550(), pio=0x3F8, irq=4 if has_lines else None, name="uart")
@@ -34,4 +34,7 @@ def build_board(machine: Machine, *, pc: bool, vcpus: int) -> Board:
         rtc = RtcMc146818(memory_size=machine.memory.size)
         rtc.cmos[CMOS_MORE_CPUS] = vcpus - 1
         machine.attach(rtc, pio=0x70, irq=8 if has_lines else None, name="rtc")
+        if machine.irqchip != "kernel":
+            pit = machine.attach(Pit8254(), pio=0x40, irq=0 if has_lines else None, name="pit")
+            machine.attach(SystemPortB(pit), pio=0x61, name="portb")
     return Board(uart, consoles)

@@ -138,7 +138,7 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
 )
 @click.option(
     "--irqchip",
-    type=click.Choice(["none", "kernel", "split"]),
+    type=click.Choice(["none", "kernel", "split", "devices"]),
     help="Who models interrupt controllers.  [default: kernel for firmware and multiboot]",
 )
 @click.option("--append", metavar="TEXT", help="The kernel's command line (multiboot).")

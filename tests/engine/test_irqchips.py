@@ -326,3 +326,43 @@ async def test_cpuid_tells_of_a_plain_local_apic(boot):
     ecx = int.from_bytes(machine.memory.read(0x3000, 4), "little")
     edx = int.from_bytes(machine.memory.read(0x3004, 4), "little")
     assert (edx >> 9 & 1, ecx >> 21 & 1, ecx >> 24 & 1) == (1, 0, 0)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------
+
+TICKS = 40
+
+
+def ticking(boot):
+    """Counts timer ticks at 0x3000, then exits."""
+    machine = boot(
+        *START_PICS,
+        *handler16(8, "tick"),
+        *("mov al, 0x34", "out 0x43, al", "mov ax, 1193", "out 0x40, al"),  # 1 kHz
+        *("mov al, ah", "out 0x40, al", "sti"),
+        *("wait: hlt", f"cmp byte ptr [0x3000], {TICKS}", "jb wait", "mov al, 7", "out 0xf4, al"),
+        *("tick: inc byte ptr [0x3000]", "mov al, 0x20", "out 0x20, al", "iret"),
+        irqchip="devices",
+        vcpus=2,
+    )
+    machine.attach(Pit8254(), pio=0x40, irq=0)
+    return machine
+
+
+async def test_a_checkpoint_goes_on_in_a_fresh_machine(boot, assembler):
+    machine = ticking(boot)
+
+    def ticks(of):
+        return of.memory.read(0x3000, 1)[0]
+
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: ticks(machine) >= 5)
+        saved = await machine.checkpoint()
+        assert await run == Exited(15)
+        fresh = ticking(boot)
+        await fresh.restore(saved)
+        assert 5 <= ticks(fresh) < TICKS
+        assert fresh.vcpus[1].awaits_start_up
+        assert await fresh.run() == Exited(15)
+        assert ticks(fresh) == TICKS
