@@ -19,6 +19,7 @@ import pytest
 
 KVMAIO = Path(sys.executable).parent / "kvmaio"
 SEABIOS = Path("/usr/share/seabios/bios.bin")
+MEMTEST = Path("/boot/memtest86+x64.bin")
 TIME_LIMIT_S = 250  # for emulated hardware; elsewhere the suite's own limit comes first
 NOBODY = 65534
 
@@ -289,7 +290,7 @@ def test_seabios_runs_to_no_bootable_device(vcpus):
     texts = []
     for irqchip in ("kernel", "devices"):
         result = kvmaio(
-            *("run", str(SEABIOS), "--kind", "firmware", "--until", "No bootable device"),
+            *("run", str(SEABIOS), "--kind", "firmware", "--until", "Retrying in 60 seconds."),
             *("--vcpus", vcpus, "--irqchip", irqchip, "--timeout", "45"),
         )
         assert (result.returncode, result.stderr) == (0, b"")
@@ -304,6 +305,20 @@ def test_seabios_runs_to_no_bootable_device(vcpus):
 def _seabios_text(output: bytes) -> list[bytes]:
     """Its lines, but for the measured clock, and sorted, as its threads take turns by time."""
     return sorted(line for line in output.splitlines() if not line.startswith(b"CPU Mhz="))
+
+
+@pytest.mark.skipif(not MEMTEST.exists(), reason=f"no {MEMTEST}: apt-get install memtest86+")
+def test_memtest86_shows_its_screen_of_results():
+    """A bzImage in 64-bit mode, with the PC's timer; its screen is drawn on the serial port."""
+    result = kvmaio(
+        *("run", str(MEMTEST), "--append", "console=ttyS0,115200", "--memory", "16M"),
+        *("--until", "Errors: 0", "--timeout", "45"),
+    )
+    if b"KVM cannot emulate an instruction: bytes 9b" in result.stderr:
+        pytest.skip("this host's KVM cannot emulate FWAIT, and nothing assists it")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"Memtest86+ v" in result.stdout
+    assert b"Memory  :   16MB" in result.stdout
 
 
 # ---- statistics and verbosity ----------------------------------------------------------

@@ -8,6 +8,7 @@ module          what lives there
 `firmware`      `Firmware`: a BIOS at the reset vector
 `elf`           `Elf`: a static executable
 `multiboot`     `Multiboot`: a Multiboot 1 kernel, its modules and memory map
+`linux`         `LinuxKernel`: a bzImage, its initial ramdisk and command line
 `modes`         the registers and tables that each mode starts with
 `tables`        descriptors, TSS and page tables as bytes
 `faults`        the stub that makes a user64 guest's fault visible
@@ -25,6 +26,7 @@ from .faults import FaultFrame
 from .firmware import Firmware
 from .flat import Flat
 from .image import BootState, Image
+from .linux import LinuxKernel, is_linux
 from .multiboot import Multiboot, find_header
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Firmware",
     "Flat",
     "Image",
+    "LinuxKernel",
     "Multiboot",
     "detect",
 ]
@@ -44,20 +47,19 @@ _JUMPS = (0xEA, 0xE9, 0xEB)  # far, near, short
 
 
 def detect(data: bytes) -> str:
-    """What kind of image this is: ``"elf"``, ``"multiboot"``, ``"firmware"`` or ``"flat"``.
+    """What kind of image this is: ``"elf"``, ``"multiboot"``, ``"linux"``, ``"firmware"`` or
+    ``"flat"``.
 
     Firmware is a multiple of 64 KiB, at most 16 MiB, with a jump at the reset
     vector (16 bytes before its end). What is nothing else is flat.
 
     Raises:
-        ConfigurationError: empty, or a Linux kernel, which cannot be started yet.
+        ConfigurationError: it is empty.
     """
     if not data:
         raise ConfigurationError("the image is empty")
-    if _is_linux(data):
-        raise ConfigurationError(
-            "this is a Linux kernel (bzImage), a kind of image that kvmaio cannot start yet"
-        )
+    if is_linux(data):
+        return "linux"
     if find_header(data) is not None:
         return "multiboot"
     if data.startswith(b"\x7fELF"):
@@ -67,8 +69,3 @@ def detect(data: bytes) -> str:
         if reset[:1] and reset[0] in _JUMPS:
             return "firmware"
     return "flat"
-
-
-def _is_linux(data: bytes) -> bool:
-    """The boot flag and the setup header's magic (Documentation/arch/x86/boot.rst)."""
-    return data[0x1FE:0x200] == b"\x55\xaa" and data[0x202:0x206] == b"HdrS"

@@ -7,6 +7,7 @@ not fit in words that say what, where and what to do.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
 import attrs
@@ -19,16 +20,21 @@ __all__ = [
     "BootState",
     "FOUR_GIB",
     "Image",
+    "LOW_END",
+    "ONE_MIB",
     "Source",
     "THREE_GIB",
     "clear",
     "low_ram",
     "read_source",
     "require_ram",
+    "usable_ram",
 ]
 
 THREE_GIB = 3 << 30  # where low RAM ends at the latest; the gap to 4 GiB is for devices
 FOUR_GIB = 4 << 30
+LOW_END = 0xA_0000  # where a PC's memory has its hole for the display and ROMs
+ONE_MIB = 1 << 20  # and where that ends
 _LARGEST_RAM = 1 << 40  # what advice may still call "more memory"
 _CHUNK = 1 << 20
 
@@ -104,6 +110,18 @@ def low_ram(memory: GuestMemory) -> MemoryRegion:
             "the machine has no RAM at address 0; images are started from there"
         )
     return region
+
+
+def usable_ram(memory: GuestMemory) -> Iterator[tuple[int, int]]:
+    """The RAM as (start, end), without a PC's hole between 640 KiB and 1 MiB."""
+    for region in memory.regions:
+        if region.readonly:
+            continue
+        low_end, high_start = min(region.end, LOW_END), max(region.base, ONE_MIB)
+        if region.base < low_end:
+            yield region.base, low_end
+        if high_start < region.end:
+            yield high_start, region.end
 
 
 def require_ram(

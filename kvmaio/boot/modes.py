@@ -26,7 +26,18 @@ from .tables import (
     task_state64,
 )
 
-__all__ = ["Mode", "RESERVED", "check_memory", "check_mode", "prot32_state", "reserved", "start"]
+__all__ = [
+    "Mode",
+    "RESERVED",
+    "blank_context",
+    "check_memory",
+    "check_mode",
+    "enter_long_mode",
+    "enter_protected_mode",
+    "prot32_state",
+    "reserved",
+    "start",
+]
 
 Mode: TypeAlias = Literal["real16", "prot32", "long64", "user64"]
 
@@ -104,7 +115,7 @@ def start(memory: GuestMemory, mode: Mode, entry: int) -> BootState:
 
 def _real16(entry: int) -> Context:
     data = [Segment() for _ in range(5)]
-    context = _context(entry, 0x7000, Segment(type=0xB), data)
+    context = blank_context(entry, 0x7000, Segment(type=0xB), data)
     context.cr0 = 0x10  # ET; unlike after reset, caches on
     context.tr = task_segment(0, 0, 0xFFFF)
     context.gdt, context.idt = DescriptorTable(), DescriptorTable(limit=0x3FF)
@@ -121,10 +132,10 @@ def prot32_state(base: int, entry: int) -> tuple[bytes, Context]:
     state = task_state32(base, _DATA)
     task = task_segment(_TASK32, base + 0x40, len(state) - 1)
     table = global_descriptor_table(code, data, task=task, bits=32)
-    context = _context(
+    context = blank_context(
         entry, base, code, [flat_segment(_DATA, code=False, bits=32) for _ in "desfg"]
     )
-    context.cr0 = _CR0_PROTECTED
+    enter_protected_mode(context)
     context.tr = task
     context.gdt = DescriptorTable(base, len(table) - 1)
     return table.ljust(0x40, b"\0") + state, context
@@ -140,8 +151,8 @@ def _long64(memory: GuestMemory, end: int, entry: int) -> BootState:
 
     code = flat_segment(_CODE, code=True, bits=64)
     data = [flat_segment(_DATA, code=False, bits=64) for _ in range(5)]
-    context = _context(entry, base, code, data)
-    _enter_long_mode(context, base)
+    context = blank_context(entry, base, code, data)
+    enter_long_mode(context, base)
     context.tr = task
     context.gdt = DescriptorTable(segments, len(table) - 1)
     return BootState(context)
@@ -169,8 +180,8 @@ def _user64(memory: GuestMemory, end: int, entry: int) -> BootState:
 
     code = flat_segment(_USER_CODE, code=True, bits=64)
     data = [flat_segment(_USER_DATA, code=False, bits=64) for _ in range(5)]
-    context = _context(entry, base, code, data)
-    _enter_long_mode(context, base)
+    context = blank_context(entry, base, code, data)
+    enter_long_mode(context, base)
     context.cr4 |= _CR4_OSXSAVE
     context.rflags |= _IOPL3
     context.tr = task
@@ -192,12 +203,18 @@ def _table64(task: Segment) -> bytes:
     )
 
 
-def _enter_long_mode(context: Context, page_tables: int) -> None:
+def enter_protected_mode(context: Context) -> None:
+    """Switch protected mode on, without paging."""
+    context.cr0 = _CR0_PROTECTED
+
+
+def enter_long_mode(context: Context, page_tables: int) -> None:
+    """Switch long mode on."""
     context.cr0, context.cr4, context.efer = _CR0_PAGED, _CR4_LONG, _EFER_LONG
     context.cr3 = page_tables
 
 
-def _context(entry: int, stack: int, code: Segment, data: list[Segment]) -> Context:
+def blank_context(entry: int, stack: int, code: Segment, data: list[Segment]) -> Context:
     """What all modes have in common: other registers 0, interrupts off, no IDT."""
     context = Context(rip=entry, rsp=stack, rdx=0, cs=code, cr0=0, ldt=no_ldt())
     context.ds, context.es, context.fs, context.gs, context.ss = data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import attrs
@@ -12,7 +12,17 @@ import attrs
 from ..errors import ConfigurationError
 from ..memory import PAGE_SIZE, GuestMemory
 from .elf import LARGEST_FILE, Segment, place_segments, read_elf
-from .image import FOUR_GIB, BootState, Source, low_ram, read_source, require_ram
+from .image import (
+    FOUR_GIB,
+    LOW_END,
+    ONE_MIB,
+    BootState,
+    Source,
+    low_ram,
+    read_source,
+    require_ram,
+    usable_ram,
+)
 from .modes import prot32_state
 
 __all__ = ["Header", "Module", "Multiboot", "find_header"]
@@ -40,8 +50,6 @@ _INFO_LOADER_NAME = 1 << 9
 _INFO_SIZE = 120
 _LOADER_NAME = "kvmaio"
 
-_LOW_END = 0xA0000  # where a PC's memory has its hole for the display and ROMs
-_HIGH_START = 0x100000
 _GDT_SIZE = 0x100
 
 
@@ -101,7 +109,7 @@ class Multiboot:
             require_ram(memory, segment.name, segment.address, segment.size)
             if segment.end > FOUR_GIB:
                 raise ConfigurationError(f"{segment.name} is above 4 GiB, out of a kernel's reach")
-        at = _align(max([_HIGH_START, *(segment.end for segment in self.segments)]))
+        at = _align(max([ONE_MIB, *(segment.end for segment in self.segments)]))
         modules = []
         for index, (data, text) in enumerate(self.modules):
             module = Segment(f"module {index}", at, len(data), memoryview(data))
@@ -111,7 +119,7 @@ class Multiboot:
         taken = [*self.segments, *(module for module, _ in modules)]
 
         size = _align(_GDT_SIZE + len(self._information(memory, 0, modules)))
-        base = min(_LOW_END, low_ram(memory).end) - size
+        base = min(LOW_END, low_ram(memory).end) - size
         if base < PAGE_SIZE or any(base < s.end and s.address < base + size for s in taken):
             base = at
             require_ram(memory, "the Multiboot information", base, size)
@@ -139,11 +147,11 @@ class Multiboot:
             for module, text in modules
         )
         module_table = append(table)
-        ranges = list(_available(memory))
+        ranges = list(usable_ram(memory))
         mmap = b"".join(struct.pack("<IQQI", 20, start, end - start, 1) for start, end in ranges)
         mmap_address = append(mmap)
         lower = next((end for start, end in ranges if start == 0), 0) // 1024
-        upper = next((end - start for start, end in ranges if start == _HIGH_START), 0) // 1024
+        upper = next((end - start for start, end in ranges if start == ONE_MIB), 0) // 1024
         flags = _INFO_MEMORY | _INFO_CMDLINE | _INFO_MODULES | _INFO_MMAP | _INFO_LOADER_NAME
         head = bytearray(_INFO_SIZE)
         struct.pack_into("<III", head, 0, flags, lower, upper)
@@ -188,18 +196,6 @@ def _by_addresses(
         raise ConfigurationError(f"the Multiboot header's entry_addr {entry:#x} is not loaded")
     content = memoryview(data)[start : start + length]
     return [Segment("the Multiboot kernel", load, size, content)], entry
-
-
-def _available(memory: GuestMemory) -> Iterator[tuple[int, int]]:
-    """The RAM as (start, end), without a PC's hole between 640 KiB and 1 MiB."""
-    for region in memory.regions:
-        if region.readonly:
-            continue
-        low_end, high_start = min(region.end, _LOW_END), max(region.base, _HIGH_START)
-        if region.base < low_end:
-            yield region.base, low_end
-        if high_start < region.end:
-            yield high_start, region.end
 
 
 def _module(index: int, module: Module) -> tuple[bytes, bytes]:

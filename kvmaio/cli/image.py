@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 import attrs
 
-from ..boot import Elf, Firmware, Flat, Image, Multiboot, detect
+from ..boot import Elf, Firmware, Flat, Image, LinuxKernel, Multiboot, detect
 from ..boot.elf import LARGEST_FILE
 from ..boot.image import read_source
 from ..errors import ConfigurationError
 
 __all__ = ["KINDS", "PC_KINDS", "ImageChoice", "read_image"]
 
-KINDS = ("flat", "firmware", "elf", "multiboot")
-PC_KINDS = ("firmware", "multiboot")
+KINDS = ("flat", "firmware", "elf", "multiboot", "linux")
+PC_KINDS = ("firmware", "multiboot", "linux")
 """Kinds that expect a PC around them."""
 
 STDIN = 0
@@ -67,6 +67,7 @@ def read_image(choice: ImageChoice) -> tuple[str, Image]:
         "multiboot": lambda: Multiboot(
             data, choice.append or "", [choice.initrd] if choice.initrd else ()
         ),
+        "linux": lambda: LinuxKernel(data, choice.initrd, choice.append or ""),
         "flat": lambda: Flat(
             data,
             _DEFAULT_ADDRESS if choice.address is None else choice.address,
@@ -89,7 +90,7 @@ def _detect(path: str, data: bytes) -> str:
     kind = detect(data)
     if kind == "flat" and _is_text(data):
         raise ConfigurationError(
-            f"{path} is text, not an image (ELF, Multiboot or firmware); "
+            f"{path} is text, not an image (ELF, Multiboot, Linux or firmware); "
             "if it is bare machine code all the same, say so with --mode"
         )
     return kind
@@ -114,15 +115,15 @@ def _decodes(sample: bytes) -> bool:
 def _check_fits(choice: ImageChoice, kind: str) -> None:
     """Refuse options that this kind of image has no use for: silence would mislead."""
     wanted_by = {
-        "--mode": (choice.mode, "flat"),
-        "--address": (choice.address, "flat"),
-        "--append": (choice.append, "multiboot"),
-        "--initrd": (choice.initrd, "multiboot"),
+        "--mode": (choice.mode, ("flat",)),
+        "--address": (choice.address, ("flat",)),
+        "--append": (choice.append, ("multiboot", "linux")),
+        "--initrd": (choice.initrd, ("multiboot", "linux")),
     }
     for option, (value, needed) in wanted_by.items():
-        if value is not None and kind != needed:
+        if value is not None and kind not in needed:
             found = "" if choice.kind else f" (and {choice.path} was taken for {kind})"
             raise ConfigurationError(
-                f"{option} belongs to images of kind {needed}, not {kind}{found}; "
-                f"leave it out, or say --kind {needed}"
+                f"{option} belongs to images of kind {' or '.join(needed)}, not {kind}{found}; "
+                f"leave it out, or say --kind {needed[0]}"
             )

@@ -101,7 +101,7 @@ Examples:
   printf '\\272\\370\\003\\260A\\356\\364' | kvmaio run - --mode real16 --stats
 \b
 The board: UART at port 0x3f8 (irq 4), debug consoles at 0x402 and 0xe9, debug exit at 0xf4;
-for firmware and multiboot also the PC's clock with CMOS RAM, interrupt controllers and PIT.
+for firmware, multiboot and linux also the PC's clock with CMOS RAM, interrupt controllers and PIT.
 \b
 Exit status: 0 the guest halted or powered off, or --until was seen; the guest's own code if
 it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout; 130 Ctrl-C.
@@ -139,13 +139,13 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
 @click.option(
     "--irqchip",
     type=click.Choice(["none", "kernel", "split", "devices"]),
-    help="Who models interrupt controllers.  [default: kernel for firmware and multiboot]",
+    help="Who models interrupt controllers.  [default: kernel for firmware, multiboot and linux]",
 )
-@click.option("--append", metavar="TEXT", help="The kernel's command line (multiboot).")
+@click.option("--append", metavar="TEXT", help="The kernel's command line (multiboot, linux).")
 @click.option(
     "--initrd",
     type=click.Path(exists=True, dir_okay=False),
-    help="A module for the kernel (multiboot).",
+    help="The initial ramdisk (linux), or a module (multiboot).",
 )
 @click.option(
     "--timeout",

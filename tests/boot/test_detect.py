@@ -5,6 +5,7 @@ import pytest
 from kvmaio.boot import detect
 from kvmaio.errors import ConfigurationError
 from tests.assembler import guest_file
+from tests.boot.test_linux import bzimage
 from tests.boot.test_multiboot import header
 
 KIB = 1 << 10
@@ -45,11 +46,8 @@ def test_seabios_is_firmware(name):
         assert detect(file.read()) == "firmware"
 
 
-def test_linux_is_refused_by_name():
-    kernel = bytearray(0x1000)
-    kernel[0x1FE:0x206] = b"\x55\xaa\xeb\x66HdrS"
-    with pytest.raises(ConfigurationError, match=r"a Linux kernel \(bzImage\)"):
-        detect(bytes(kernel))
+def test_linux_is_seen():
+    assert detect(bzimage()) == "linux"
 
 
 def test_nothing_is_refused():
