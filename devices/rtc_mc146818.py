@@ -176,7 +176,7 @@ class RtcMc146818(Device):
         self._checked_ns = self._time_ns()
 
     def save(self) -> dict[str, Any]:
-        self._time_ns()  # if the clock is another one by now, the base follows
+        self.update()  # what has happened by now is noted, however lately somebody has looked
         return {
             "cmos": bytes(self.cmos),
             "base_ns": self._base_ns,

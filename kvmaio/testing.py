@@ -23,8 +23,17 @@ from .clock import Clock
 from .device import Device
 from .devices import DebugExit, Uart16550
 from .machine import Machine
+from .round_trip import LostState, check_round_trips
 
-__all__ = ["BenchMachine", "BusDriver", "ManualClock", "RecordingIrq", "settle"]
+__all__ = [
+    "BenchMachine",
+    "BusDriver",
+    "LostState",
+    "ManualClock",
+    "RecordingIrq",
+    "check_round_trips",
+    "settle",
+]
 
 # A chain of tasks that wake each other may be this long between two moments.
 SETTLE_ROUNDS = 16
@@ -64,6 +73,10 @@ class ManualClock:
         call = _Call(callback)
         heapq.heappush(self._queue, (deadline_ns, next(self._order), call))
         return call
+
+    def next_ns(self) -> int | None:
+        """The earliest deadline that somebody waits for."""
+        return min((at for at, _, call in self._queue if call.callback is not None), default=None)
 
     def of_loop(self, loop_ns: int) -> int:
         """As it is: no loop moves this clock."""
