@@ -30,6 +30,11 @@ PROMISED = {
         tick 1
         .*Halted\(\): the guest read \[20, 21, 22\] degrees
     """,
+    "explore_variations": r"""
+        Stopped\(reason='the self-test is over'\)
+        100 runs from there: it heats below 19 degrees
+        at once, with 10, 18 and 30 degrees: True True False
+    """,
     "fault_injection": r"""
         Halted\(\): the guest took \[20, 20, 20, 20, 20, 20\]
         2 of 8 readings were wrong
