@@ -10,6 +10,7 @@ import attrs
 
 from .device import Device
 from .errors import ConfigurationError, UnmappedAccess
+from .registers import Access
 
 __all__ = ["Bus", "Layer", "Mapping", "Target", "Unmapped"]
 
@@ -159,7 +160,9 @@ class Bus:
         """
         _check_size(self.name, address, size)
         value = self.begin_read(address, size)
-        return value if isinstance(value, int) else await value
+        if not isinstance(value, int):
+            value = await value
+        return value & ((1 << 8 * size) - 1)
 
     async def write(self, address: int, size: int, value: int) -> None:
         """Write the low `size` bytes of `value`; see `read()`."""
@@ -171,15 +174,12 @@ class Bus:
     def begin_read(self, address: int, size: int) -> int | Awaitable[int]:
         """Start a read: the value, or an awaitable of it where the handler is async.
 
-        This and `begin_write()` are the one way from an access to a device;
-        they are split from `read()` and `write()` so that a plain handler
-        costs no coroutine.
+        The value is the handler's: whoever starts the read cuts it to its `size`. This
+        and `begin_write()` are the one way from an access to a device; they are split
+        from `read()` and `write()` so that a plain handler costs no coroutine.
         """
         target = self._targets.get(address << 4 | size) or self._resolve(address, size)
-        value = target.read(target.offset, size)
-        if isinstance(value, int):
-            return value & ((1 << 8 * size) - 1)
-        return _finish_read(value, size)
+        return target.read(target.offset, size)
 
     def begin_write(self, address: int, size: int, value: int) -> Awaitable[None] | None:
         """Start a write: None when it is done, else what to await."""
@@ -209,7 +209,9 @@ class Bus:
         if mapping is not None and address + size - 1 <= mapping.last:
             device = mapping.device
             update = device.update if type(device).update is not Device.update else None
-            target = Target(address - mapping.base, device.read, device.write, update)
+            offset = address - mapping.base
+            read, write = _reader(device, offset, size), _writer(device, offset, size)
+            target = Target(offset, read, write, update)
             target = self._layered(mapping, address, size, target)
         elif mapping is None and self.overlapping(address, size) is None:
             target = self._layered(None, address, size, self._unmapped_target(address))
@@ -251,15 +253,31 @@ class Bus:
         return Target(0, read, write, None)
 
 
+def _reader(device: Device, offset: int, size: int) -> Callable[[int, int], int | Awaitable[int]]:
+    """`device.read`, or straight to the register where that would only find it."""
+    if getattr(device.read, "__func__", None) is Device.read:
+        register = device.register_exactly_at(offset, size, Access.R)
+        if register is not None:
+            return register.reader(device)
+    return device.read
+
+
+def _writer(
+    device: Device, offset: int, size: int
+) -> Callable[[int, int, int], Awaitable[None] | None]:
+    """`device.write`, or straight to the register where that would only find it."""
+    if getattr(device.write, "__func__", None) is Device.write:
+        register = device.register_exactly_at(offset, size, Access.W)
+        if register is not None:
+            return register.writer(device)
+    return device.write
+
+
 def _check_size(bus: str, address: int, size: int) -> None:
     if not 0 < size <= MAX_ACCESS:
         raise ConfigurationError(
             f"an access of {size} bytes at {bus} {address:#x}: 1 to {MAX_ACCESS} only"
         )
-
-
-async def _finish_read(value: Awaitable[int], size: int) -> int:
-    return await value & ((1 << 8 * size) - 1)
 
 
 async def _finish_write(pending: Awaitable[None], update: Callable[[], None]) -> None:

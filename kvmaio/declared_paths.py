@@ -36,24 +36,30 @@ class _Declared:
         self.device.__dict__[self.register.name].ring(count)
 
 
-@attrs.frozen
 class BatchedWrites:
     """Writes and doorbells on their way to devices, as a participant of a drain."""
 
-    lock: asyncio.Lock
-    flush: Callable[[], Awaitable[None]]
-    has_batched: Callable[[], bool]
+    def __init__(
+        self,
+        lock: asyncio.Lock,
+        flush: Callable[[], Awaitable[bool]],
+        may_have_any: Callable[[], bool],
+    ) -> None:
+        self._lock = lock
+        self._flush = flush
+        self._may_have_any = may_have_any
+        self._clean = False  # the last flush has found none; nobody makes any, the vCPUs at rest
 
     def begin_drain(self) -> None:
-        pass
+        self._clean = False
 
     def is_drained(self) -> bool:
-        return not self.lock.locked() and not self.has_batched()
+        return (self._clean or not self._may_have_any()) and not self._lock.locked()
 
     async def settle(self) -> None:
-        async with self.lock:  # somebody else is serving them
+        async with self._lock:  # somebody else is serving them
             pass
-        await self.flush()
+        self._clean = not await self._flush()
 
     def end_drain(self) -> None:
         pass
@@ -107,7 +113,7 @@ class DeclaredPaths:
         """There may be batched writes: have `deliver()` serve them now."""
         self._flush_now.set()
 
-    async def deliver(self, flush: Callable[[], Awaitable[None]]) -> None:
+    async def deliver(self, flush: Callable[[], Awaitable[object]]) -> None:
         """Call `flush` again and again; for ever."""
         simulated = isinstance(asyncio.get_running_loop(), SimulationLoop)
         while True:
@@ -118,10 +124,10 @@ class DeclaredPaths:
             await flush()
 
     def drain(
-        self, flush: Callable[[], Awaitable[None]], has_batched: Callable[[], bool]
+        self, flush: Callable[[], Awaitable[bool]], may_have_any: Callable[[], bool]
     ) -> BatchedWrites:
         """What the batched writes are to a drain (`drain.Participant`)."""
-        return BatchedWrites(self.lock, flush, has_batched)
+        return BatchedWrites(self.lock, flush, may_have_any)
 
     def _take(self, platform: Platform, declared: _Declared) -> None:
         register, place = declared.register, (declared.address, declared.register.size)

@@ -116,6 +116,17 @@ class Device:
             return register.write(self, value)
         return self._write_pieces(offset, size, value)
 
+    def register_exactly_at(
+        self, offset: int, size: int, direction: Access
+    ) -> Register[Any] | None:
+        """The register that an access there means whatever the state, or None."""
+        table = self._readers if direction is Access.R else self._writers
+        here = table.get(offset, ())
+        if not here or any(register.when is not None for register in here):
+            return None
+        register = here[0]
+        return register if (register.offset, register.size) == (offset, size) else None
+
     def reset(self) -> None:
         """Return to the state after power-on. Extend it for state outside registers."""
         self.alarm.reset()

@@ -32,6 +32,7 @@ DRAIN_STEP_NS = 1_000_000
 # Names of the module's own: an enum's member costs a look-up on the hot path.
 _EXIT = EntryResult.EXIT
 _CONTEXT = Newer.CONTEXT
+_MODEL = Newer.MODEL
 
 
 class Entry:
@@ -136,8 +137,10 @@ class Entry:
         try:
             result = self.model.enter(limit_ns)
         finally:
-            # Also when the entry failed: the guest may have run before that.
-            registers.entered()
+            # Also when the entry failed: the guest may have run before that. As `entered()` does,
+            # without a call.
+            registers.newer = _MODEL
+            registers.access_pending = False
         if result is None:
             self.inside = True
             registers.locked = _LOCKED

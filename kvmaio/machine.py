@@ -776,8 +776,16 @@ class Machine:
             error.add_note(f"in {who}")
             self._fail_outside(error)
 
-    async def _flush(self) -> None:
-        await self._activity(self.vcpus[0].flush_posted(), "the service of a posted write")
+    async def _flush(self) -> bool:
+        """Deliver batched writes and doorbells; were there any?"""
+        delivered = False
+
+        async def flush() -> None:
+            nonlocal delivered
+            delivered = await self.vcpus[0].flush_posted()
+
+        await self._activity(flush(), "the service of a posted write")
+        return delivered
 
     def _fail_outside(self, error: BaseException) -> None:
         """End by an error that no vCPU was serving; `run()` adds where the guest was."""

@@ -173,6 +173,17 @@ class Register(Generic[T]):
         """Set the register's value on `device`."""
         device.__dict__[self.name] = value
 
+    def reader(self, device: object) -> Callable[[int, int], int | Awaitable[int]]:
+        """`read()` as a function of (offset, size), for accesses that meet the register exactly."""
+        return lambda offset, size: self.read(device)
+
+    def writer(self, device: object) -> Callable[[int, int, int], Awaitable[None] | None]:
+        """`write()` as a function of (offset, size, value), in as few steps as there can be."""
+        handler, mask = self.write_handler, self.mask
+        if self.access is Access.R or handler is None or self.type is not int:
+            return lambda offset, size, value: self.write(device, value)
+        return lambda offset, size, value: handler(device, value & mask)
+
     def save(self, device: object) -> int:
         """The register's value on `device` for a checkpoint."""
         value = device.__dict__[self.name]

@@ -96,12 +96,13 @@ class Service:
             return self._serve_mmio()
         return self._others.get(reason, self._unexpected)()
 
-    async def flush(self, lock: asyncio.Lock) -> None:
-        """Serve the batched writes in order and undisturbed, then the doorbells.
+    async def flush(self, lock: asyncio.Lock) -> bool:
+        """Serve the batched writes in order and undisturbed, then the doorbells; were there any?
 
         A doorbell means that there is something to look at: it must not come
         before the writes that put it there; that it may come late is its nature.
         """
+        served = self._stats.numCoalescedMMIO
         async with lock:
             for address, value, time_ns, size, is_pio in self._vcpu.model.posted():
                 self._stats.numCoalescedMMIO += 1
@@ -112,8 +113,9 @@ class Service:
                     pending = bus.begin_write(address, size, value)
                     if pending is not None:
                         await pending
-            if self._vcpu.model.ring_doorbells():
+            if rung := self._vcpu.model.ring_doorbells():
                 await asyncio.sleep(0)  # the device's task hears of it before what comes next
+        return rung or self._stats.numCoalescedMMIO != served
 
     async def posted_first(self, lock: asyncio.Lock) -> None:
         """Serve the batched writes that came before the exit, then the exit."""
@@ -137,10 +139,12 @@ class Service:
         if io.direction:
             return self._pio.begin_write(io.port, size, words[first])
         value = self._pio.begin_read(io.port, size)
-        if isinstance(value, int):
-            words[first] = value
-            return None
-        return self._store(value, words, first)
+        if not isinstance(value, int):
+            value = drive(value)
+            if isinstance(value, Suspended):
+                return self._store(value, words, first, _MASKS[size])
+        words[first] = value & _MASKS[size]
+        return None
 
     async def _serve_string(
         self, port: int, size: int, count: int, is_write: int, words: Any, first: int
@@ -157,25 +161,27 @@ class Service:
                     value = await value
                 if self._vcpu.is_closed:
                     return
-                words[index] = value
+                words[index] = value & _MASKS[size]
 
     def _serve_mmio(self) -> Awaitable[None] | None:
         mmio = self._mmio_part
         size = mmio.len
         self._vcpu.access_begins()
         if mmio.is_write:
-            value = self._mmio_word[0] & ((1 << 8 * size) - 1)
+            value = self._mmio_word[0] & _MASKS[size]
             return self._mmio.begin_write(mmio.phys_addr, size, value)
-        answer = self._mmio.begin_read(mmio.phys_addr, size)
-        if isinstance(answer, int):
-            self._mmio_word[0] = answer
-            return None
-        return self._store(answer, self._mmio_word, 0)
+        value = self._mmio.begin_read(mmio.phys_addr, size)
+        if not isinstance(value, int):
+            value = drive(value)
+            if isinstance(value, Suspended):
+                return self._store(value, self._mmio_word, 0, _MASKS[size])
+        self._mmio_word[0] = value & _MASKS[size]
+        return None
 
-    async def _store(self, value: Awaitable[int], words: Any, index: int) -> None:
-        answer = await value
+    async def _store(self, rest: Suspended[int], words: Any, index: int, mask: int) -> None:
+        value = await rest
         if not self._vcpu.is_closed:  # a handler may take its time to be cancelled
-            words[index] = answer
+            words[index] = value & mask
 
     # ---- everything else -------------------------------------------------------------
 
@@ -264,6 +270,7 @@ def _bytes(count: int) -> str:
 
 
 _WORD = (1 << 64) - 1
+_MASKS = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 # Plain ints: an enum's member costs a look-up on the hot path.
 _IO = int(Reason.IO)

@@ -388,14 +388,14 @@ class VCpu:
     async def live(self) -> None:
         """The vCPU's one task: rests while it may not run, else enters and serves."""
         _current.set(self)
-        entry = self._entry
+        entry, service, owner = self._entry, self._service, self._owner
         while True:
             try:
                 while self._allowed:
                     if entry.events is not None and entry.events.fired:
                         await entry.events.let_waiters_run()
                     elif self._exit_due:
-                        pending = self._begin_service()
+                        pending = self._begin_watched() if owner.watches_exits else service.begin()
                         if pending is not None:
                             rest = drive(pending)
                             if isinstance(rest, Suspended):
@@ -547,10 +547,9 @@ class VCpu:
         """The general and special registers as text; the guest must not be running."""
         return self._service.describe_registers()
 
-    async def flush_posted(self) -> None:
-        """Serve batched writes and doorbells while no exit comes."""
-        if self.model.has_posted():
-            await self._service.flush(self._owner.posted_lock)
+    async def flush_posted(self) -> bool:
+        """Serve batched writes and doorbells while no exit comes; were there any?"""
+        return self.model.has_posted() and await self._service.flush(self._owner.posted_lock)
 
     def hook(self, hooks: VCpuHooks) -> None:
         """Call `hooks` from now on, and none of those before.
@@ -685,7 +684,7 @@ class VCpu:
             elif entry.events is not None and entry.events.fired:
                 await entry.events.let_waiters_run()
             elif self._exit_due and not self._service.is_final():
-                pending = self._begin_service()
+                pending = self._begin_watched()
                 if pending is not None:
                     rest = drive(pending)
                     if isinstance(rest, Suspended):
@@ -727,11 +726,11 @@ class VCpu:
 
     # ---- serving --------------------------------------------------------------------
 
-    def _begin_service(self) -> Awaitable[None] | None:
-        """Serve the exit due: None when it is done, else what to await."""
-        owner = self._owner
-        if owner.watches_exits and (self.model.has_posted() or owner.posted_lock.locked()):
-            return self._service.posted_first(owner.posted_lock)
+    def _begin_watched(self) -> Awaitable[None] | None:
+        """Serve the exit due, behind batched writes: None when it is done, else what to await."""
+        lock = self._owner.posted_lock
+        if self.model.has_posted() or lock.locked():
+            return self._service.posted_first(lock)
         return self._service.begin()
 
     async def finish_service(self, rest: Suspended[None]) -> None:

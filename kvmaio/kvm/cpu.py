@@ -46,6 +46,7 @@ _RESULTS = {
     lib.KVMAIO_TIMER: EntryResult.TIMER,
 }
 _LATER = lib.KVMAIO_LATER
+_EXIT_CODE, _EXIT = lib.KVMAIO_EXIT, EntryResult.EXIT
 
 _SYNCED = lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS
 _SYNC_FOR = 64
@@ -121,7 +122,8 @@ class KvmCpu:
     # ---- entering -------------------------------------------------------------
 
     def enter(self, limit_ns: int | None) -> EntryResult | None:
-        self._before_entry()
+        if self._sync_left or self._page_has_registers:
+            self._before_entry()
         host_ns = -1 if limit_ns is None else limit_ns
         if self._residents is None and (limit_ns is not None or not self._may_move_in()):
             self._inside = True
@@ -130,6 +132,8 @@ class KvmCpu:
         residents = self._residents
         assert residents is not None
         outcome = lib.kvmaio_resident_enter(residents.handle, self.handle, host_ns)
+        if outcome == _EXIT_CODE and not self._sync_left:
+            return _EXIT  # as `_result` does, without a call
         if outcome != _LATER:
             return self._result(outcome)
         self._inside = True

@@ -369,6 +369,27 @@ async def test_batched_writes_arrive_first():
         await run
 
 
+@pytest.mark.kvm
+async def test_doorbells_have_rung_first():
+    class Rung(Device):
+        bell = Register(0, doorbell=True)
+
+    lines = ("mov cx, 5", "again: out 0x60, al", "loop again", *SPIN)
+    async with deadline(), Machine() as machine:
+        device = machine.attach(Rung(), pio=0x60)
+        machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        await asyncio.sleep(0.01)
+        saved = await machine.checkpoint()
+        assert saved.devices["rung0"].registers == {"bell": 5}
+        device.bell.pending = 0
+        await machine.restore(saved)
+        assert device.bell.pending == 5
+        machine.stop()
+        await run
+
+
 # ---- timeouts, cancellation, misuse ------------------------------------------------------
 
 
