@@ -16,6 +16,7 @@ How the package is laid out, in the order in which one may want to read it:
 `cpu`, `platform`   what a CPU model and its host part must be able to do
 `kvm`               the KVM model; the only user of the C core
 `trace`             what happened, as typed records, JSON or a waveform
+`gdb`               a server for GDB
 `faults`            interrupts and devices that misbehave
 `boot`              image loaders
 `devices`           device models, one file per part

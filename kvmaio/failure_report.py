@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .device import Device
     from .machine import Machine
 
-__all__ = ["FlightRecorder"]
+__all__ = ["FlightRecorder", "describe_device", "describe_record"]
 
 
 class FlightRecorder:
@@ -68,16 +68,18 @@ class FlightRecorder:
             except KvmaioError as error:
                 yield f"  no registers: {error}"
         for device in machine.devices.values():
-            yield from self._device(device)
+            yield from describe_device(device)
 
-    def _device(self, device: Device) -> Iterator[str]:
-        tail = getattr(device, "tail", None)
-        if callable(tail) and (text := tail()):
-            yield f"{device.name} printed last:"
-            yield from (f"  {line}" for line in text.splitlines())
-        states = [*_registers(device), *_others(device)]
-        if states:
-            yield f"{device.name}: {', '.join(states)}"
+
+def describe_device(device: Device) -> Iterator[str]:
+    """What a console printed last, registers and other state."""
+    tail = getattr(device, "tail", None)
+    if callable(tail) and (text := tail()):
+        yield f"{device.name} printed last:"
+        yield from (f"  {line}" for line in text.splitlines())
+    states = [*_registers(device), *_others(device)]
+    if states:
+        yield f"{device.name}: {', '.join(states)}"
 
 
 def _registers(device: Device) -> Iterator[str]:

@@ -37,6 +37,8 @@ from .vcpu import VCpu
 
 if TYPE_CHECKING:
     from .cpu import CpuModel
+    from .gdb import GdbServer
+    from .gdb.debugger import Debugger
     from .irqchips import IrqChips
 
 __all__ = ["Machine"]
@@ -130,6 +132,7 @@ class Machine:
         self.irqchip = irqchip
         self.watches_exits = False
         self.tracing = Tracing(self)
+        self.debugger: Debugger | None = None
         self._cpu = cpu
         self._vcpu_count = vcpus
         self._host_factor = host_factor
@@ -425,6 +428,11 @@ class Machine:
             ConfigurationError: it is running already, or closed.
             Exception: whatever a device raised, with a note that says where.
         """
+        if self.debugger is not None:
+            return await self.debugger.run(self._run)
+        return await self._run()
+
+    async def _run(self) -> Outcome:
         self._opened()
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(f"{self.name} was entered on another event loop; run it there")
@@ -457,6 +465,25 @@ class Machine:
             for vcpu in self.vcpus:
                 ending.add_note(f"meanwhile {vcpu.name} was here\n{vcpu.describe_registers()}")
         raise ending
+
+    def gdb(self, host: str = "127.0.0.1", port: int = 1234, *, wait: bool = True) -> GdbServer:
+        """A server that GDB can connect to (``target remote :1234``), within ``async with``.
+
+        ::
+
+            async with machine.gdb(port=1234):
+                outcome = await machine.run()
+
+        While GDB has the guest stopped, `run()` just takes its time.
+
+        Args:
+            port: 0 takes one that is free; the server's `port` says which.
+            wait: the guest waits for GDB before its first instruction.
+        """
+        from .gdb import GdbServer
+
+        self._opened()
+        return GdbServer(self, host, port, wait=wait)
 
     def stop(self, reason: str = "stopped") -> None:
         """End `run()` with ``Stopped(reason)``; nothing happens if it is not running."""

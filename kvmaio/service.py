@@ -40,6 +40,7 @@ class Service:
         self._pio = pio
         self._mmio = mmio
         self.hypercall: HypercallHandler | None = None
+        self.on_debug: Callable[[VCpu], None] | None = None
         # References into the run page, made once: making one costs more than a read through it.
         page = vcpu.model.page
         self._page = page
@@ -58,6 +59,7 @@ class Service:
             Reason.SYSTEM_EVENT: self._system_event,
             Reason.INTERNAL_ERROR: self._internal_error,
             Reason.FAIL_ENTRY: self._fail_entry,
+            Reason.DEBUG: self._debug_event,
         }
 
     def count(self) -> bool:
@@ -243,6 +245,12 @@ class Service:
             "the hardware refused to enter the guest, reason "
             f"{exit_.hardware_entry_failure_reason:#x}; its state is impossible, see the dump"
         )
+
+    def _debug_event(self) -> None:
+        if self.on_debug is None:
+            self._unexpected()
+        else:
+            self.on_debug(self._vcpu)
 
     def _unexpected(self) -> None:
         raise GuestError(f"an exit that nothing answers: {self._vcpu.last_exit()}")

@@ -581,6 +581,31 @@ class VCpu:
         """Have `handler` answer hypercalls."""
         self._service.hypercall = handler
 
+    def on_debug(self, handler: Callable[[VCpu], None] | None) -> None:
+        """Have `handler` take breakpoints; without one they are errors."""
+        self._service.on_debug = handler
+
+    def read_xsave(self) -> bytes | None:
+        """The x87, SSE and AVX registers (KVM_GET_XSAVE); None where the model has none."""
+        self._must_be_outside("a look at its registers")
+        return self.model.read_state().xsave
+
+    def write_xsave(self, xsave: bytes) -> None:
+        """Replace what `read_xsave()` gave.
+
+        Raises:
+            ConfigurationError: the guest is running, or in the middle of an access.
+        """
+        self._must_be_outside("a change of its registers")
+        if self._registers.access_pending:
+            raise ConfigurationError(
+                f"{self.name} is in the middle of an access; its vector registers can be set "
+                "after the next instruction"
+            )
+        self._entry.push_registers()
+        self._restored = None
+        self.model.write_state(attrs.evolve(self.model.read_state(), xsave=xsave))
+
     def trigger(self, vector: int) -> None:
         """`interrupt()` for callers that are no coroutines."""
         self.interrupts.add(vector)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import attrs
@@ -41,6 +43,20 @@ class Number(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
             self.fail(f"{value!r} is no number; write it like 4096 or 0x1000", param, ctx)
 
 
+class Address(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Where to listen: ``1234`` or ``0.0.0.0:1234``; by default only on this computer."""
+
+    name = "address"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        host, _, port = str(value).rpartition(":")
+        if not port.isdecimal() or int(port) > 0xFFFF:
+            self.fail(f"{value!r} is no [HOST:]PORT; write it like 1234", param, ctx)
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
 class RunCommand(click.Command):
     """Lets ``--stats`` stand alone, also right before the image."""
 
@@ -69,6 +85,7 @@ class Options:
     stats: str | None
     trace: str | None
     trace_filter: str | None
+    gdb: tuple[str, int] | None
     verbose: bool
 
 
@@ -197,6 +214,12 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
     metavar="WORDS",
     help="Record less: kinds and names, such as exit,access,uart*.",
 )
+@click.option(
+    "--gdb",
+    type=Address(),
+    metavar="[HOST:]PORT",
+    help="Wait for GDB there (target remote :PORT) before the first instruction.",
+)
 @click.option("--verbose", is_flag=True, help="Say what is done; registers with an error.")
 def run(
     image: str | None,
@@ -295,8 +318,9 @@ async def _run(options: Options, pc: bool, image: Image | None) -> int:
         await console.connect()
         ending = Ending(status=EXIT_INTERRUPTED, by_itself=False)
         try:
-            with console.keyboard(), _Terminable() as terminable:
-                ending = await _ending(machine, options, console)
+            async with _debugged(machine, options):
+                with console.keyboard(), _Terminable() as terminable:
+                    ending = await _ending(machine, options, console)
             if options.save and not ending.failed:
                 await save(machine, options.save)
             if terminable.signal is not None:
@@ -311,6 +335,17 @@ async def _run(options: Options, pc: bool, image: Image | None) -> int:
             if options.stats:
                 show_statistics(machine.stats, options.stats)
     return ending.status
+
+
+@asynccontextmanager
+async def _debugged(machine: Machine, options: Options) -> AsyncIterator[None]:
+    if options.gdb is None:
+        yield
+        return
+    host, port = options.gdb
+    async with machine.gdb(host, port) as server:
+        say(f"waiting for gdb: target remote {server.host}:{server.port}")
+        yield
 
 
 async def _ending(machine: Machine, options: Options, console: StandardConsole) -> Ending:

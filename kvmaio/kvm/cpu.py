@@ -13,6 +13,7 @@ from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from . import state
 from ._native import ffi, lib
+from .breakpoints import check_breakpoints, put_breakpoints
 from .context import context_from, get_context, set_context
 from .counters import Counter, CounterConfig, cycle_counting, host_hz
 from .cpuid import CpuidEntry
@@ -109,6 +110,7 @@ class KvmCpu:
         self.fast: FastPaths | None = None
         self._suspended_fast: Any = None
         self._stop: SingleStepper | None = None
+        self._breakpoints: tuple[int, ...] = ()
         self._arrival = Arrival(hub.loop)
         self._inside = False
         self._promotion = Promotion(hub.costs)
@@ -320,7 +322,24 @@ class KvmCpu:
         elif not suspend and self._suspended_fast is not None:
             handle.fast, self._suspended_fast = self._suspended_fast, None
 
-    # ---- single steps ----------------------------------------------------------------
+    # ---- breakpoints and single steps ------------------------------------------------
+
+    def set_breakpoints(self, addresses: Sequence[int]) -> None:
+        """Have entries end with KVM_EXIT_DEBUG before the instructions at these linear addresses.
+
+        They replace those set before. An entry at such an address may end at once.
+
+        Raises:
+            ConfigurationError: more than four.
+        """
+        check_breakpoints(addresses)
+        self._breakpoints = tuple(addresses)
+        if self._stop is None or not self._stop.is_on:
+            self.apply_breakpoints()
+
+    def apply_breakpoints(self) -> None:
+        """Tell KVM of them, in place of single-stepping."""
+        put_breakpoints(self.fd, self._breakpoints)
 
     @property
     def instruction_stop(self) -> SingleStepper:

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 from ..cpu import Context, EntryResult
 from ..errors import ConfigurationError
 from ._native import ffi, lib
+from .breakpoints import set_debug
 from .gate import check
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class SingleStepper:
         self.loses_interrupts = not self._emulated
         self.counted = 0
         self._debug = ffi.new("struct kvm_guest_debug *")
-        self._is_on = False
+        self.is_on = False
         self._at = 0  # linear address of the instruction that is being stepped
         self._shadow_end: int | None = None  # it holds off the trap, and ends here
         self._in_access = False  # its exit has come, and it is not completed
@@ -98,7 +99,7 @@ class SingleStepper:
         return result
 
     def disarm(self) -> None:
-        if self._is_on:
+        if self.is_on:
             self._switch(0)
 
     def _look(self) -> None:
@@ -172,11 +173,11 @@ class SingleStepper:
         return context.rip if long_mode else (context.cs.base + context.rip) & 0xFFFFFFFF
 
     def _switch(self, control: int) -> None:
-        self._debug.control = control
-        check(
-            lib.kvmaio_ioctl(self._cpu.fd, lib.KVM_SET_GUEST_DEBUG, self._debug),
-            "KVM_SET_GUEST_DEBUG",
-        )
-        self._is_on = bool(control)
+        self.is_on = bool(control)
+        if self.is_on:
+            self._debug.control = control
+            set_debug(self._cpu.fd, self._debug)
+        else:
+            self._cpu.apply_breakpoints()  # which single-stepping has put aside
         # What C answers itself would be followed by instructions that nobody counts.
-        self._cpu.suspend_fast_paths(self._is_on)
+        self._cpu.suspend_fast_paths(self.is_on)
