@@ -148,9 +148,9 @@ class SuspendingDevice(CountingDevice):
         self.count()
 
 
-def model_of(machine: Machine) -> KvmCpu:
-    """The KVM vCPU behind the machine's first one."""
-    model = machine.vcpus[0].model
+def model_of(machine: Machine, index: int = 0) -> KvmCpu:
+    """The KVM vCPU behind one of the machine's."""
+    model = machine.vcpus[index].model
     assert isinstance(model, KvmCpu)
     return model
 

@@ -9,7 +9,11 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from .guests import GUESTS, AsyncDevice, Raw, Storm, model_of, storming
+from ..boot import Flat
+from ..device import Device
+from ..machine import Machine
+from ..vcpu import current_vcpu
+from .guests import GUESTS, PORT, AsyncDevice, Raw, Storm, model_of, storming
 from .harness import Bench, Gate, Row, figure
 
 __all__ = ["measure"]
@@ -21,6 +25,7 @@ SETTLE_S = 0.03
 
 _GUEST = GUESTS["pio write"]
 _NO_END = 1 << 62
+_OUT_FOR_EVER = b"\xba" + PORT.to_bytes(2, "little") + b"\xee\xeb\xfd"
 
 
 async def measure(bench: Bench) -> AsyncIterator[Row]:
@@ -29,6 +34,7 @@ async def measure(bench: Bench) -> AsyncIterator[Row]:
         for count in QUICK_COUNTS if bench.quick else COUNTS:
             yield await _many(bench, raws, count)
         yield await _pair(bench, raws)
+        yield await _two_vcpus(bench, raws)
 
 
 async def _many(bench: Bench, raws: _RawLoops, count: int) -> Row:
@@ -76,6 +82,52 @@ async def _pair(bench: Bench, raws: _RawLoops) -> Row:
         (
             figure("exits", both, "k/s", scale=1e3),
             figure("slower one, of raw", slower, gate=Gate(at_least=0.2)),
+            figure("slower / faster", shares, gate=Gate(at_least=0.33)),
+        ),
+        f"{residents} on the loop's thread",
+    )
+
+
+class _PerVcpu(Device):
+    """Counts each vCPU's writes."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self.writes = [0, 0]
+
+    async def write(self, offset: int, size: int, value: int) -> None:
+        self.writes[current_vcpu().index] += 1
+
+
+async def _two_vcpus(bench: Bench, raws: _RawLoops) -> Row:
+    slower, shares, both = [], [], []
+    async with Machine(memory="1M", vcpus=2) as machine:
+        device = machine.attach(_PerVcpu(), pio=PORT)
+        machine.load(Flat(_OUT_FOR_EVER, 0x1000))
+        run = asyncio.create_task(machine.run())
+        machine.vcpus[1].init()
+        machine.vcpus[1].start_up(1)
+        await asyncio.sleep(SETTLE_S)
+        for _ in range(bench.rounds):
+            before, started = list(device.writes), time.perf_counter()
+            await asyncio.sleep(4 * bench.sample_s)
+            elapsed_s = time.perf_counter() - started
+            rates = [(b - a) / elapsed_s for a, b in zip(before, device.writes, strict=True)]
+            both.append(sum(rates))
+            shares.append(min(rates) / max(rates))
+            slower.append(min(rates))
+        residents = sum(model_of(machine, n).is_resident for n in range(2))
+        machine.stop()
+        await run
+    one = raws.rate_of_one()  # not while they run: they never let go of the processors
+    return Row(
+        "scale",
+        "2 vCPUs of one machine",
+        bench.loop,
+        (
+            figure("exits", both, "k/s", scale=1e3),
+            figure("slower one, of raw", [rate / one for rate in slower], gate=Gate(at_least=0.2)),
             figure("slower / faster", shares, gate=Gate(at_least=0.33)),
         ),
         f"{residents} on the loop's thread",
