@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, Self
 
 from kvmaio.device import Device
@@ -112,8 +112,8 @@ class PciConfigPorts(Device):
             return pending
         return None
 
-    def clone(self) -> Self:
-        clone = super().clone()
+    def clone(self, copies: Mapping[Device, Device]) -> Self:
+        clone = super().clone(copies)
         for where, config in self.functions.items():
             if isinstance(config, PlainConfigSpace):
                 config = PlainConfigSpace(bytearray(config.data), config.write_mask)

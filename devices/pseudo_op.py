@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Self, TypeVar
 
 from kvmaio.device import Device
@@ -85,8 +85,8 @@ class PseudoOpWindow(Device):
         self.size = size
         self._operations: dict[int, Operation] = {}
 
-    def clone(self) -> Self:
-        clone = super().clone()
+    def clone(self, copies: Mapping[Device, Device]) -> Self:
+        clone = super().clone(copies)
         clone._operations = dict(self._operations)
         return clone
 

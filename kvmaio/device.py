@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Self
 
@@ -173,14 +173,25 @@ class Device:
         register = self._register_at(self._writers if is_write else self._readers, offset)
         return None if register is None else register.name
 
-    def clone(self) -> Self:
+    def clone(self, copies: Mapping[Device, Device]) -> Self:
         """A device for a copy of the machine (`Machine.fork`), whose state follows by `load()`.
 
         By default one made with the same arguments. Extend it where a device was equipped
         after it was made.
+
+        Args:
+            copies: the devices cloned before, which were attached before. An argument
+                that is one of them is replaced by its copy.
         """
         args, kwargs = self._arguments
-        return type(self)(*args, **kwargs)
+
+        def copied(value: Any) -> Any:
+            return copies.get(value, value) if isinstance(value, Device) else value
+
+        return type(self)(
+            *(copied(value) for value in args),
+            **{key: copied(value) for key, value in kwargs.items()},
+        )
 
     def _register_at(
         self, table: dict[int, tuple[Register[Any], ...]], offset: int

@@ -11,6 +11,7 @@ from .errors import ConfigurationError
 from .memory_image import MemoryImage
 
 if TYPE_CHECKING:
+    from .device import Device
     from .machine import Machine
 
 __all__ = ["fork", "forbid_in_child"]
@@ -28,7 +29,11 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
             copy = machine.like_this(f"{machine.name}.copy{number}")
             await copy.__aenter__()
             copies.append(copy)
+            clones: dict[Device, Device] = {}
             for name, device in machine.devices.items():
+                if name in copy.devices:  # the machine's own interrupt controllers
+                    clones[device] = copy.devices[name]
+                    continue
                 windows = [
                     {bus.name: window.base}
                     for bus in (machine.pio, machine.mmio)
@@ -36,7 +41,8 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
                     if window.device is device
                 ]
                 place = {key: base for window in windows for key, base in window.items()}
-                copy.attach(device.clone(), irq=machine.wiring[name], name=name, **place)
+                clones[device] = clone = device.clone(clones)
+                copy.attach(clone, irq=machine.wiring[name], name=name, **place)
             copy.hypercall = machine.hypercall
             await copy.restore(checkpoint)
     except BaseException:

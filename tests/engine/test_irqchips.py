@@ -6,7 +6,7 @@ import pytest
 
 from kvmaio import Device, Exited, Halted, Register, Stopped, VCpuState
 from kvmaio.boot import Flat
-from kvmaio.devices import Pit8254
+from kvmaio.devices import Pit8254, SystemPortB
 from kvmaio.errors import ConfigurationError
 from tests.engine.support import Diary, deadline, until
 from tests.engine.test_section_h import IDT, START_OTHERS, interrupt_gate
@@ -345,7 +345,8 @@ def ticking(boot):
         irqchip="devices",
         vcpus=2,
     )
-    machine.attach(Pit8254(), pio=0x40, irq=0)
+    pit = machine.attach(Pit8254(), pio=0x40, irq=0)
+    machine.attach(SystemPortB(pit), pio=0x61)
     return machine
 
 
@@ -366,3 +367,19 @@ async def test_a_checkpoint_goes_on_in_a_fresh_machine(boot, assembler):
         assert fresh.vcpus[1].awaits_start_up
         assert await fresh.run() == Exited(15)
         assert ticks(fresh) == TICKS
+
+
+async def test_a_copy_has_controllers_of_its_own(boot):
+    machine = ticking(boot)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.memory.read(0x3000, 1)[0] >= 5)
+        (copy,) = await machine.fork(1)
+        assert await copy.run() == await run == Exited(15)
+        for name in ("pic0", "ioapic", "apic1", "pit82540"):
+            assert copy.devices[name] is not machine.devices[name]
+        await copy.pio.write(0x43, 1, 0xB0)  # counter 2 in mode 0: OUT is low
+        seen = [await one.pio.read(0x61, 1) & 0x20 for one in (copy, machine)]
+        await copy.pio.write(0x43, 1, 0xB6)  # in mode 3: high
+        seen += [await one.pio.read(0x61, 1) & 0x20 for one in (copy, machine)]
+        assert seen == [0, 0, 0x20, 0]
