@@ -383,3 +383,42 @@ async def test_a_copy_has_controllers_of_its_own(boot):
         await copy.pio.write(0x43, 1, 0xB6)  # in mode 3: high
         seen += [await one.pio.read(0x61, 1) & 0x20 for one in (copy, machine)]
         assert seen == [0, 0, 0x20, 0]
+
+
+@pytest.mark.parametrize("answer_first", [False, True])
+async def test_init_that_waits_for_an_access_is_taken_before_rest(boot, assembler, answer_first):
+    """A drain, and so a checkpoint, finds the target of INIT and start-up IPI started."""
+    machine = boot(
+        *START_OTHERS,
+        *("first: cmp byte ptr [0x3000], 1", "jne first", "out 0x18, al"),
+        *local_apic(0xFEE0_0300, 0xC4500),
+        *local_apic(0xFEE0_0300, 0xC4609),
+        *("out 0x28, al", "second: cmp byte ptr [0x3000], 2", "jne second"),
+        *("mov al, 5", "out 0xf4, al"),
+        mode="prot32",
+        vcpus=2,
+        irqchip="devices",
+    )
+    other = machine.vcpus[1]
+    answered = asyncio.Event()
+    machine.memory.write(0x8000, assembler("mov byte ptr [0x3000], 1", "in al, 0x10"))
+    machine.memory.write(0x9000, assembler("mov byte ptr [0x3000], 2", "hlt", address=0x9000))
+    machine.attach(Diary(0x77, during=answered.wait), pio=0x10)
+
+    async def until_it_is_there():
+        await until(lambda: other.state is VCpuState.RUNNING_MMIO_PENDING)
+
+    machine.attach(Diary(during=until_it_is_there), pio=0x18)
+    sent = machine.attach(Diary(), pio=0x28)
+    async with deadline(30):
+        run = asyncio.create_task(machine.run())
+        await until(sent.reached(1))
+        if answer_first:
+            answered.set()
+        drain = asyncio.create_task(machine.drain())
+        await asyncio.sleep(0)
+        answered.set()
+        await drain
+        assert (other.context.cs.base, other.context.rip) in {(0x9000, 0), (0x9000, 6)}
+        machine.resume()
+        assert await run == Exited(11)

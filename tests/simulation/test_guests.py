@@ -13,8 +13,11 @@ import pytest
 import kvmaio
 from kvmaio import Device, Halted, Machine, Register, Stopped
 from kvmaio.boot import Flat
+from kvmaio.devices import Pit8254
+from kvmaio.devices.pit8254 import tick_at, time_of_tick
 from kvmaio.testing import settle
 from kvmaio.timed_cpu import TimedCpu
+from tests.assembler import assemble
 from tests.simulation.support import MS, PATIENCE, SPINNING, Port, running, simulate
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(120 * PATIENCE)]
@@ -411,3 +414,36 @@ def test_application_processors_come_up(schedule, vcpus):
             return outcome, [value for _, value in port.writes]
 
     assert simulate(main(), schedule=schedule) == (Stopped("stopped"), [5])
+
+
+@pytest.mark.timeout(120 * PATIENCE)
+def test_the_pcs_timer_ticks_exactly_and_idle_time_passes_at_once():
+    """100 seconds of a guest that halts from tick to tick, each an interrupt by an 8259A."""
+    code = assemble(
+        (
+            *("mov al, 0x13", "out 0x20, al", "mov al, 8", "out 0x21, al"),
+            *("mov al, 1", "out 0x21, al", "mov word ptr [8*4], offset tick"),
+            *("mov word ptr [8*4+2], 0", "mov al, 0x34", "out 0x43, al"),
+            *("xor al, al", "out 0x40, al", "out 0x40, al", "sti", "wait: hlt", "jmp wait"),
+            *("tick: mov al, 0x20", "out 0x20, al", "out 0x60, al", "iret"),
+        ),
+        "real16",
+    )
+
+    async def main():
+        async with Machine(memory="1M", cpu="kvm", irqchip="devices") as machine:
+            pit = machine.attach(Pit8254(), pio=0x40, irq=0)
+            port = machine.attach(Port(), pio=0x60)
+            edges = []
+            pit.irq.connect(lambda level: edges.append(machine.clock.now_ns) if level else None)
+            machine.load(Flat(code, address=0x1000))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(100.0):
+                    await machine.run()
+            return edges[1:], len(port.writes)  # without that of the control word
+
+    edges, ticks = simulate(main())
+    assert (len(edges), ticks) == (1_820, 1_821)  # at 18.2 Hz, and that of the control word
+    # Exactly 65536 ticks of 105/88 MHz apart, rounded up to whole nanoseconds.
+    first = tick_at(edges[0])
+    assert edges == [time_of_tick(first + 65_536 * n) for n in range(len(edges))]
