@@ -428,6 +428,7 @@ class LocalApic(Device):
         self._power_on()  # the pins' levels are those of others
 
     def save(self) -> dict[str, Any]:
+        self._catch_up()
         counts_from_ns = self._counts_from_ns
         return {
             "requested": self._requested,

@@ -163,9 +163,15 @@ class Pit8254(Device):
             counter.power_on(now)
 
     def save(self) -> dict[str, Any]:
+        now = self.ticks
+        counters = [attrs.evolve(counter) for counter in self._counters]
+        for counter in counters:
+            counter.advance(now)
+        if counters[0].next_change() != self._counters[0].next_change():
+            counters[0] = self._counters[0]  # an edge that is still to be found, once loaded
         return {
             "time_ns": self.clock.now_ns - self._origin_ns,
-            "counters": [attrs.asdict(counter) for counter in self._counters],
+            "counters": [attrs.asdict(counter) for counter in counters],
         }
 
     def load(self, state: dict[str, Any]) -> None:

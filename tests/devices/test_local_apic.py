@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvmaio.devices import ApicBus, IoApic, LocalApic
 from kvmaio.devices.apic_bus import DeliveryMode, InterruptMessage
 from kvmaio.errors import ConfigurationError
-from kvmaio.testing import BusDriver, ManualClock
+from kvmaio.testing import BusDriver, ManualClock, check_round_trips
 
 ID, VERSION, TPR, PPR, EOI, LDR, DFR, SVR = 0x20, 0x30, 0x80, 0xA0, 0xB0, 0xD0, 0xE0, 0xF0
 ISR, TMR, IRR, ESR, ICR, ICR_HIGH = 0x100, 0x180, 0x200, 0x280, 0x300, 0x310
@@ -567,3 +567,23 @@ async def play_twice(before, after):
 @given(before=st.lists(step, max_size=25), after=st.lists(step, max_size=25))
 def test_any_access_is_answered_and_a_copy_goes_on_alike(before, after):
     asyncio.run(play_twice(before, after))
+
+
+async def test_state_is_whole_wherever_it_is_saved():
+    async def scenario(bus):
+        await bus.write(SVR, 4, 0x1FF)
+        await bus.write(TPR, 4, 0x30)
+        await bus.write(LVT_TIMER, 4, 0x40 | PERIODIC)
+        await bus.write(DIVIDE, 4, DIVIDE_BY_1)
+        await bus.write(INITIAL, 4, 1_500)
+        await bus.write(ICR, 4, 1 << 18 | 0x0F)
+        await bus.advance(4_000)
+        await bus.read(CURRENT, 4)
+        await bus.write(TPR, 4, 0x50)
+        await bus.write(LVT_TIMER, 4, 0x60)
+        await bus.advance(4_000)
+        await bus.write(ESR, 4, 0)
+        assert await bus.read(ESR, 4) == 1 << 5
+        assert [await bus.read(IRR + 0x10 * word, 4) for word in (2, 3)] == [1, 1]
+
+    assert await check_round_trips(LocalApic, scenario) > 15

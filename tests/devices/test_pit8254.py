@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvmaio.devices import Pit8254, SystemPortB
 from kvmaio.devices.pit8254 import tick_at, time_of_tick
 from kvmaio.devices.pit_counter import PitCounter
-from kvmaio.testing import BusDriver
+from kvmaio.testing import BusDriver, check_round_trips
 
 COUNTER0, COUNTER2, CONTROL = 0, 2, 3
 LATCH = 0x00
@@ -526,3 +526,22 @@ async def play_twice(before, after):
 @given(before=st.lists(step, max_size=25), after=st.lists(step, max_size=25))
 def test_any_access_is_answered_and_a_copy_goes_on_alike(before, after):
     asyncio.run(play_twice(before, after))
+
+
+async def test_state_is_whole_wherever_it_is_saved():
+    async def scenario(bus):
+        for value in (control(3), control(2, counter=1), control(4, counter=2)):
+            await bus.write(CONTROL, 1, value)
+        for counter in range(3):
+            await bus.write(counter, 1, 60)
+            await bus.advance(2_000)
+            await bus.write(counter, 1, 0)
+        await bus.advance(100_000)
+        await bus.write(CONTROL, 1, 0xC6)  # status and count of counters 0 and 1
+        for counter in (0, 1, 0, 1):
+            await bus.read(counter)
+        await bus.write(COUNTER0, 1, 40)
+        await bus.write(COUNTER0, 1, 0)
+        await bus.advance(100_000)
+
+    assert await check_round_trips(Pit8254, scenario) > 20
