@@ -5,6 +5,7 @@
 `board`       the machine that ``run`` builds
 `image`       from a file or pipe to an image, by its kind
 `console`     the guest's consoles on standard output and input
+`registers`   a device's registers as Markdown
 `reports`     errors in one line, statistics as a table
 `doctor`      the facts of `kvmaio.doctor` as text or JSON
 `bench`       the figures of `kvmaio.bench` as tables or JSON
@@ -29,6 +30,7 @@ from ..errors import KvmaioError
 from .bench import bench
 from .checkpoint import checkpoint
 from .doctor import doctor
+from .registers import registers
 from .reports import EXIT_INTERRUPTED, explain, say
 from .run import run
 
@@ -60,6 +62,7 @@ commands.add_command(run)
 commands.add_command(doctor)
 commands.add_command(bench)
 commands.add_command(checkpoint)
+commands.add_command(registers)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
