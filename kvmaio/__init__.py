@@ -4,14 +4,15 @@ How the package is laid out, in the order in which one may want to read it:
 
 ==================  ==================================================================
 `machine`           the composition root: everything below, wired together
+`board`             memory, buses, devices and lines
 `device`            the base of device models; `registers`, `irq` and `clock` are its parts
 `bus`               from an address to a device
 `memory`            the guest's RAM and ROM
 `vcpu`              the state machine of a virtual CPU and its run loop
-`checkpoint`        a machine's whole state as a value and a file; `snapshot` takes it
-`drain`             everything in flight brought to rest, as a barrier to await
 `entry`             into the guest and back: sync, inject, run, account
 `service`           from an exit to whoever answers it; `exits` names the reasons
+`drain`             everything in flight brought to rest, as a barrier to await
+`checkpoint`        a machine's whole state as a value and a file; `snapshot` takes it
 `simulation`        the event loop as the simulator's event queue; `clock` reads it
 `cpu`, `platform`   what a CPU model and its host part must be able to do
 `kvm`               the KVM model; the only user of the C core

@@ -7,30 +7,29 @@ import contextlib
 import logging
 import math
 import os
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from . import snapshot
+from .board import Board
 from .boot.faults import FaultFrame
 from .boot.image import BootState, Image
-from .bus import Bus, Unmapped
+from .bus import Unmapped
 from .checkpoint import Checkpoint
 from .clock import LoopClock
-from .declared_paths import DeclaredPaths
 from .device import Device
 from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained, lower
 from .errors import ConfigurationError, GuestError, HostError
-from .exits import EndRun, Halted, Outcome, Shutdown, Stopped
+from .exits import Halted, Outcome, Shutdown, Stopped
 from .fork import forbid_in_child, fork
 from .irq import IrqLine
-from .memory import GuestMemory, parse_size
+from .memory import parse_size
 from .platform import Platform, open_platform
 from .service import HypercallHandler
 from .simulation import SimulationLoop
 from .stats import MachineStatistics
-from .suspension import foreign_cancellation, is_own_cancellation
+from .tasks import SETTLE_LIMIT_S, Tasks, wait_uncancelled
 from .timed_cpu import TimedCpu
 from .trace import Filter, Sink, Trace, Tracing, open_trace_file
 from .vcpu import VCpu
@@ -47,12 +46,6 @@ D = TypeVar("D", bound=Device)
 
 _log = logging.getLogger(__name__)
 
-LOW_RAM = 3 << 30
-"""RAM above 3 GiB goes on at 4 GiB: what lies between belongs to devices and firmware."""
-
-SETTLE_LIMIT_S = 10.0
-"""A kicked guest leaves within microseconds; this long means that it is stuck."""
-
 FIRST_VECTOR = 0x20
 """Without an interrupt controller, line n injects vector 0x20 + n: the customary set-up."""
 
@@ -62,7 +55,7 @@ _BY_HAND = "drain()"
 IRQCHIPS = (None, "kernel", "split", "devices")
 
 
-class Machine:
+class Machine(Board):
     """A guest machine; an asynchronous context manager.
 
     ::
@@ -88,11 +81,9 @@ class Machine:
         name: for messages and traces.
 
     Attributes:
-        memory: the guest's physical memory.
-        pio, mmio: the two buses.
+        memory, pio, mmio, devices, lines: see `Board`.
         vcpus: the virtual CPUs; empty until the machine is entered.
         clock: guest time.
-        lines: the interrupt lines by number, as far as somebody asked for them.
         fault_frame: where the loaded image leaves word of a fault, or None.
         barrier: what a drain lowers; for `kvmaio.drained()`.
 
@@ -123,11 +114,9 @@ class Machine:
         if not 0 < clock_hz <= 1_000_000_000_000:
             raise ConfigurationError(f"clock_hz={clock_hz}: must be between 1 and 10^12")
         self.name = name or "machine"
-        self.memory = GuestMemory()
-        self.pio = Bus("pio", 1 << 16)
-        self.mmio = Bus("mmio", 1 << 52)
+        self._ram = parse_size(memory)
+        super().__init__(self._ram)
         self.vcpus: list[VCpu] = []
-        self.devices: dict[str, Device] = {}
         self.stats = MachineStatistics(self)
         self.irqchip = irqchip
         self.watches_exits = False
@@ -139,21 +128,16 @@ class Machine:
         self._clock_hz = clock_hz
         self._cpuid = cpuid
         self._hypercall: HypercallHandler | None = None
-        self.lines: dict[int, IrqLine] = {}
-        self._activities: dict[str, asyncio.Task[None]] = {}  # device name -> its run()
-        self.wiring: dict[str, int | None] = {}  # device name -> its interrupt line
-        self._names: Counter[str] = Counter()
         self._copies: list[Machine] = []
         self._is_copy = False
         self._lost = False
-        self._paths = DeclaredPaths()
         self._platform: Platform | None = None
         self._chips: IrqChips | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.barrier = Barrier(self)
-        self._tasks: list[asyncio.Task[None]] = []
-        self._handler_tasks: list[asyncio.Task[None]] = []  # of these, what serves accesses
+        self._tasks = Tasks(self.name, self._end, self._fail_outside)
+        self._lives = False  # the vCPUs have their tasks
         self._has_run = False
         self.fault_frame: int | None = None
         self._delivers = False
@@ -161,16 +145,6 @@ class Machine:
         self._ending: Outcome | BaseException | None = None
         self._unlocated: BaseException | None = None
         self._over = asyncio.Event()
-        self._memory = parse_size(memory)
-        self._build_ram(self._memory)
-
-    def _build_ram(self, size: int) -> None:
-        size = -(-size // 4096) * 4096
-        self.memory.guard(self._refuse_memory_over_devices)
-        self.memory.check_host_has(size)
-        self.memory.add_ram(0, min(size, LOW_RAM))
-        if size > LOW_RAM:
-            self.memory.add_ram(1 << 32, size - LOW_RAM)
 
     # ---- life ------------------------------------------------------------------------
 
@@ -197,7 +171,7 @@ class Machine:
 
                 self._chips = IrqChips(self)
             platform.set_cpuid(self._cpuid or "emulator-safe")
-            self._paths.open(platform, self.vcpus[0].model.ring_doorbells)
+            self.paths.open(platform, self.vcpus[0].model.ring_doorbells)
             for number, line in self.lines.items():
                 line.connect(self._irq_sink(platform, number))
         except BaseException:
@@ -224,7 +198,7 @@ class Machine:
         if self._closed or self._platform is None or self._lost:
             self._closed = True
             return
-        if asyncio.current_task() in self._tasks:
+        if self._tasks.current_is_own:
             raise ConfigurationError(
                 f"{self.name} cannot be closed by its own device, which would wait for itself; "
                 "end the run with stop()"
@@ -241,20 +215,9 @@ class Machine:
             self.tracing.close()
             for device in self.devices.values():
                 device.alarm.disarm()
-            tasks, self._tasks = self._tasks, []
-            for task in tasks:
-                task.cancel()
             try:
                 # Before the vCPUs go: what handlers do at their end may still look at one.
-                if tasks:
-                    await _wait_uncancelled(
-                        asyncio.ensure_future(asyncio.wait(tasks, timeout=SETTLE_LIMIT_S))
-                    )
-                for task in tasks:
-                    if not task.done():
-                        _log.warning("%s ignores its cancellation", task.get_name())
-                    elif not task.cancelled():
-                        task.exception()  # seen
+                await self._tasks.end()
             finally:
                 try:
                     # A vCPU that is stuck in its guest keeps what it runs on: nothing below
@@ -292,79 +255,31 @@ class Machine:
             clock_hz=self._clock_hz,
         )
         if isinstance(model, TimedCpu):
-            model.belongs_to(f"{self.name}.{vcpu.name}", vcpu.stats, self._paths.flush_soon)
+            model.belongs_to(f"{self.name}.{vcpu.name}", vcpu.stats, self.paths.flush_soon)
         vcpu.on_hypercall(self._hypercall)
         return vcpu
 
-    # ---- wiring ----------------------------------------------------------------------
+    # ---- wiring (what is the board's: board.py) ----------------------------------------
 
-    def attach(
-        self,
-        device: D,
-        *,
-        pio: int | None = None,
-        mmio: int | None = None,
-        irq: int | None = None,
-        name: str | None = None,
-    ) -> D:
-        """Give `device` its addresses, its interrupt line and its clock; returns it.
-
-        Args:
-            pio, mmio: the first port or address.
-            irq: the interrupt line that it drives; lines are shared (wired OR).
-            name: by default its class's name and a number, such as ``debugexit0``.
-
-        Raises:
-            ConfigurationError: the addresses are taken, or the name is.
-        """
-        base_name = type(device).__name__.lower()
-        device.name = name or f"{base_name}{self._names[base_name]}"
-        if device.name in self.devices:
-            raise ConfigurationError(f"there is a device {device.name} already; give it a name")
-        if any(device is other for other in self.devices.values()):
-            raise ConfigurationError(f"{device.name} is attached already")
-        if mmio is not None and (region := self.memory.overlapping(mmio, device.size)):
-            raise ConfigurationError(
-                f"cannot map {device.name} at mmio {mmio:#x}: {region} is there"
-            )
-        line = None if irq is None else self.irq(irq)
-        try:
-            if pio is not None:
-                self.pio.map(device, pio)
-            if mmio is not None:
-                self.mmio.map(device, mmio)
-        except ConfigurationError:
-            self.pio.unmap(device)
-            raise
-        self._names[base_name] += 1
-        self.devices[device.name] = device
-        self.wiring[device.name] = irq
-        device.irq.name = f"{device.name}.irq"
-        if line is not None:
-            device.irq.connect(line.input())
-        self._paths.declare(device, pio, is_pio=True)
-        self._paths.declare(device, mmio, is_pio=False)
-        self.watches_exits = bool(self._paths)
+    def _attached(self, device: Device) -> None:
+        self.watches_exits = bool(self.paths)
         if self._loop is not None:
             self._give_clock(device)
         self.tracing.refresh()
         if self._has_run:
-            self._start_device(device)
+            self._tasks.start(device)
             self._start_delivery()
-        return device
 
     def irq(self, number: int) -> IrqLine:
-        """Interrupt line `number` (a GSI where the irqchip is KVM's)."""
-        line = self.lines.get(number)
-        if line is None:
-            if number < 0:
-                raise ConfigurationError(f"interrupt line {number}: lines are numbered from 0")
-            line = IrqLine(f"irq{number}")
-            if self._platform is not None:
-                line.connect(self._irq_sink(self._platform, number))
-            self.lines[number] = line
+        is_new = number not in self.lines
+        line = super().irq(number)
+        if is_new:
             self.tracing.refresh()
         return line
+
+    def _connect(self, number: int, line: IrqLine) -> None:
+        if self._platform is not None:
+            line.connect(self._irq_sink(self._platform, number))
 
     def irqfd(self, number: int) -> int:
         """An eventfd, each write of 1 to which (``os.eventfd_write``) is an edge on line `number`.
@@ -521,27 +436,20 @@ class Machine:
                 interrupt controllers for others.
             HostError: the host refused; the machine is in no defined state.
         """
-        if asyncio.current_task() in self._activities.values():
+        if self._tasks.current_is_activity:
             raise ConfigurationError(
                 f"{self.name} cannot be restored by run() of a device, which that would end"
             )
         async with self.drained(timeout):
             snapshot.check_fits(self, checkpoint)
-            activities, self._activities = list(self._activities.values()), {}
-            for task in activities:
-                task.cancel()
-                self._tasks.remove(task)
             try:
-                if activities:
-                    _, late = await asyncio.wait(activities, timeout=SETTLE_LIMIT_S)
-                    for task in late:
-                        _log.warning("%s ignores its cancellation", task.get_name())
+                await self._tasks.end_activities()
                 self._opened()
                 snapshot.put_back(self, checkpoint)
             finally:
                 if self._has_run and not self._closed:
                     for device in self.devices.values():
-                        self._start_device(device)
+                        self._tasks.start(device)
 
     async def fork(self, count: int, timeout: float | None = DRAIN_TIMEOUT_S) -> list[Machine]:
         """`count` copies of the machine as it is now, each with its own devices.
@@ -566,7 +474,7 @@ class Machine:
     def like_this(self, name: str) -> Machine:
         """A new machine made with the same arguments but for its name, to be entered."""
         return Machine(
-            memory=self._memory,
+            memory=self._ram,
             vcpus=self._vcpu_count,
             cpu=self._cpu,
             irqchip=self.irqchip,
@@ -632,7 +540,7 @@ class Machine:
     def check_drainable(self) -> None:
         """Raise ConfigurationError where a drain would wait for itself."""
         self._opened()
-        if asyncio.current_task() in self._handler_tasks:
+        if self._tasks.current_serves:
             raise ConfigurationError(
                 f"{self.name} cannot be drained by the handler of an access: the drain would wait "
                 "for the handler. Do it in a task: asyncio.create_task(machine.drain())"
@@ -649,7 +557,7 @@ class Machine:
         self._start_cpus()
         return [
             *self.vcpus,
-            self._paths.drain(self._flush, self.vcpus[0].model.has_posted),
+            self.paths.drain(self._flush, self.vcpus[0].model.has_posted),
             *(device.busy_sections for device in self.devices.values()),
         ]
 
@@ -700,7 +608,7 @@ class Machine:
 
     @property
     def posted_lock(self) -> asyncio.Lock:  # for VCpuOwner
-        return self._paths.lock
+        return self.paths.lock
 
     @property
     def is_running(self) -> bool:
@@ -762,46 +670,19 @@ class Machine:
         self._has_run = True
         self._start_cpus()
         for device in list(self.devices.values()):
-            self._start_device(device)
+            self._tasks.start(device)
         self._start_delivery()
 
     def _start_cpus(self) -> None:
-        if not self._handler_tasks:
+        if not self._lives:
+            self._lives = True
             for vcpu in self.vcpus:
-                task = self._spawn(vcpu.live(), f"{self.name}.{vcpu.name}")
-                self._handler_tasks.append(task)
-
-    def _start_device(self, device: Device) -> None:
-        if type(device).run is not Device.run:
-            activity = self._activity(device.run(), f"{device.name}.run()")
-            task = self._spawn(activity, f"{self.name}.{device.name}")
-            self._activities[device.name] = task
+                self._tasks.serve(vcpu.live(), vcpu.name)
 
     def _start_delivery(self) -> None:
-        if self._paths.any_posted and not self._delivers:
+        if self.paths.any_posted and not self._delivers:
             self._delivers = True
-            task = self._spawn(self._paths.deliver(self._flush), f"{self.name}.posted")
-            self._handler_tasks.append(task)
-
-    def _spawn(self, coroutine: Any, name: str) -> asyncio.Task[None]:
-        assert self._loop is not None
-        task = self._loop.create_task(coroutine, name=name)
-        self._tasks.append(task)
-        return task
-
-    async def _activity(self, activity: Awaitable[None], who: str) -> None:
-        """Await something that goes on beside the vCPUs; its failure ends the machine."""
-        try:
-            await activity
-        except EndRun as end:
-            self._end(end.outcome)
-        except asyncio.CancelledError as cancelled:
-            if is_own_cancellation():
-                raise
-            self._fail_outside(foreign_cancellation(cancelled, who))
-        except Exception as error:
-            error.add_note(f"in {who}")
-            self._fail_outside(error)
+            self._tasks.serve(self.paths.deliver(self._flush), "posted")
 
     async def _flush(self) -> bool:
         """Deliver batched writes and doorbells; were there any?"""
@@ -811,7 +692,7 @@ class Machine:
             nonlocal delivered
             delivered = await self.vcpus[0].flush_posted()
 
-        await self._activity(flush(), "the service of a posted write")
+        await self._tasks.watched(flush(), "the service of a posted write")
         return delivered
 
     def _fail_outside(self, error: BaseException) -> None:
@@ -841,7 +722,7 @@ class Machine:
             vcpu.forbid()
         if any(vcpu.inside for vcpu in self.vcpus):
             assert self._loop is not None
-            await _wait_uncancelled(self._loop.create_task(self._all_left()))
+            await wait_uncancelled(self._loop.create_task(self._all_left()))
 
     async def _all_left(self) -> None:
         for vcpu in self.vcpus:
@@ -875,29 +756,5 @@ class Machine:
         device.clock = self.clock
         device.alarm.use_clock(self.clock)
 
-    def _refuse_memory_over_devices(self, base: int, size: int, what: str) -> None:
-        if (window := self.mmio.overlapping(base, size)) is not None:
-            raise ConfigurationError(f"cannot add {what} at {base:#x}: {window} is there")
-
     def __repr__(self) -> str:
         return f"<Machine {self.name}: {len(self.vcpus)} vCPUs, {self.memory.size >> 20} MiB>"
-
-
-async def _wait_uncancelled(future: asyncio.Future[Any]) -> None:
-    """Wait for `future` to the end; a cancellation meanwhile is raised afterwards."""
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.shield(future)
-        except asyncio.CancelledError as error:
-            if future.cancelled():
-                break
-            cancelled = error
-        except BaseException:
-            break
-    if cancelled is not None:
-        if not future.cancelled():
-            future.exception()  # seen
-        raise cancelled
-    if not future.cancelled():
-        future.result()
