@@ -111,7 +111,7 @@ def test_usage_error_exits_2_with_a_hint(image):
 @ONCE
 def test_options_that_do_not_exist_yet_are_usage_errors(image):
     path = image(HALT)
-    for option in ("--record=f", "--live"):
+    for option in ("--record=f", "--replay=f"):
         result = kvmaio("run", path, option)
         assert (result.returncode, b"No such option" in result.stderr) == (2, True)
 

@@ -5,6 +5,7 @@
 `board`       the machine that ``run`` builds
 `image`       from a file or pipe to an image, by its kind
 `console`     the guest's consoles on standard output and input
+`live`        rates while the machine runs
 `registers`   a device's registers as Markdown
 `reports`     errors in one line, statistics as a table
 `doctor`      the facts of `kvmaio.doctor` as text or JSON

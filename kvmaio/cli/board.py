@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from ..devices import DebugConsole, DebugExit, Pit8254, RtcMc146818, SystemPortB, Uart16550
+from ..devices import Console, DebugConsole, DebugExit, Pit8254, RtcMc146818, SystemPortB, Uart16550
 from ..machine import Machine
 
 __all__ = ["Board", "build_board"]
@@ -19,6 +19,11 @@ class Board:
 
     uart: Uart16550
     debug_consoles: tuple[DebugConsole, ...]
+
+    @property
+    def consoles(self) -> tuple[Console, ...]:
+        """All that print."""
+        return (self.uart, *self.debug_consoles)
 
 
 def build_board(machine: Machine, *, pc: bool, vcpus: int) -> Board:

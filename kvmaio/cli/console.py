@@ -38,7 +38,9 @@ class StandardConsole:
         until: bytes | None,
         take_input: bool,
         stop: Callable[[], None],
+        quiet: bool = False,
     ) -> None:
+        """`quiet`: standard output gets nothing; somebody else shows what is printed."""
         self.was_seen = False
         self.is_gone = False
         self.ends_line = True
@@ -49,6 +51,7 @@ class StandardConsole:
         self._until = until
         self._tail = b""
         self._stop = stop
+        self._quiet = quiet
 
     async def connect(self) -> None:
         """From now on, what the guest prints is passed on."""
@@ -94,7 +97,7 @@ class StandardConsole:
 
     def _print(self, data: bytes) -> Awaitable[None] | None:
         self.ends_line = data.endswith(b"\n")
-        pending = self._stdout.write(data)
+        pending = None if self._quiet else self._stdout.write(data)
         if self._until is not None and not self.was_seen:
             text = self._tail + data
             self.was_seen = self._until in text

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Literal
 
 import attrs
@@ -21,6 +22,7 @@ from ..machine import Machine
 from .board import build_board
 from .console import StandardConsole
 from .image import KINDS, PC_KINDS, ImageChoice, read_image
+from .live import live
 from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, show_statistics
 from .resume import BOARD_FROM_CHECKPOINT, check_board, save
 
@@ -86,6 +88,7 @@ class Options:
     trace: str | None
     trace_filter: str | None
     gdb: tuple[str, int] | None
+    live: bool
     verbose: bool
 
 
@@ -220,6 +223,7 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
     metavar="[HOST:]PORT",
     help="Wait for GDB there (target remote :PORT) before the first instruction.",
 )
+@click.option("--live", is_flag=True, help="Show exits and accesses a second while it runs.")
 @click.option("--verbose", is_flag=True, help="Say what is done; registers with an error.")
 def run(
     image: str | None,
@@ -248,6 +252,8 @@ def run(
         raise click.UsageError("--pace is a finite factor, and for --time simulated.")
     if others["trace_filter"] and not others["trace"]:
         raise click.UsageError("--trace-filter needs --trace FILE.")
+    if others["live"] and not sys.stderr.isatty():
+        raise click.UsageError("--live needs a terminal, and standard error is none.")
     if until == "":
         raise click.BadParameter("the text is empty", param_hint="--until")
     if from_ is not None:
@@ -304,6 +310,7 @@ async def _run(options: Options, pc: bool, image: Image | None) -> int:
         until=None if options.until is None else os.fsencode(options.until),
         take_input=not options.image.takes_stdin,
         stop=machine.stop,
+        quiet=options.live and sys.stdout.isatty(),  # the view shows it
     )
     async with machine:
         if image is not None:
@@ -319,7 +326,8 @@ async def _run(options: Options, pc: bool, image: Image | None) -> int:
         ending = Ending(status=EXIT_INTERRUPTED, by_itself=False)
         try:
             async with _debugged(machine, options):
-                with console.keyboard(), _Terminable() as terminable:
+                view = live(machine, board.consoles) if options.live else nullcontext()
+                with console.keyboard(), view, _Terminable() as terminable:
                     ending = await _ending(machine, options, console)
             if options.save and not ending.failed:
                 await save(machine, options.save)
