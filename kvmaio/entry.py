@@ -44,6 +44,7 @@ class Entry:
         events: instruction counts that somebody waits for, or None.
         on_injection: called with each vector that is injected, None for an NMI.
         inside: the model is in the guest, or its result is not yet taken.
+        page_is_stale: the state was replaced, and the run page tells of the one before.
         count_exit: counts the exit that has come; must the next entry complete it?
         on_end: told how each entry ended.
     """
@@ -73,7 +74,16 @@ class Entry:
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
         self._injects = True
+        self.page_is_stale = False
         self._leave_waiters: list[asyncio.Future[None]] = []
+
+    def use_model(self, model: CpuModel) -> None:
+        """Enter the guest by `model` from now on, which has been given the registers."""
+        self.model = model
+        self.registers.use_model(model)
+        if self.events is not None:
+            self.events.close()
+            self.events = None
 
     @property
     def ticks(self) -> int:
@@ -211,6 +221,10 @@ class Entry:
         """At most one per entry; what the guest cannot take yet asks for a window."""
         interrupts, model = self.interrupts, self.model
         page = model.page
+        if self.page_is_stale:
+            self.page_is_stale = False
+            model.half_entry()  # it then tells whether the guest takes interrupts
+            self._count_half_entry()
         page.request_interrupt_window = 0
         interrupts.window_requested = False
         delivered = self.stats.numInterrupts

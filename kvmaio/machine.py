@@ -29,6 +29,7 @@ from .platform import Platform, open_platform
 from .service import HypercallHandler
 from .simulation import SimulationLoop
 from .stats import MachineStatistics
+from .switching import switch_cpu
 from .tasks import SETTLE_LIMIT_S, Tasks, wait_uncancelled
 from .timed_cpu import TimedCpu
 from .trace import Filter, Sink, Trace, Tracing, open_trace_file
@@ -127,6 +128,7 @@ class Machine(Board):
         self._host_factor = host_factor
         self._clock_hz = clock_hz
         self._cpuid = cpuid
+        self._cpuid_in_force: Any = cpuid or "emulator-safe"
         self._hypercall: HypercallHandler | None = None
         self._copies: list[Machine] = []
         self._is_copy = False
@@ -159,18 +161,14 @@ class Machine(Board):
         self.clock.on_set = self.tracing.refresh
         if self.irqchip is None and self._vcpu_count > 1:
             self.irqchip = "kernel"
-        platform = open_platform(self._cpu, self.irqchip)
+        platform = self.create_platform(self._cpu)
         try:
-            platform.attach_memory(self.memory)
-            for model in platform.create_cpus(self._vcpu_count):
-                if isinstance(self._loop, SimulationLoop):
-                    model = TimedCpu(model, self._loop, self._host_factor)
+            for model in self.create_models(platform):
                 self.vcpus.append(self._make_vcpu(model))
             if self.irqchip == "devices":
                 from .irqchips import IrqChips  # not above: devices are users of the engine
 
                 self._chips = IrqChips(self)
-            platform.set_cpuid(self._cpuid or "emulator-safe")
             self.paths.open(platform, self.vcpus[0].model.ring_doorbells)
             for number, line in self.lines.items():
                 line.connect(self._irq_sink(platform, number))
@@ -243,6 +241,36 @@ class Machine(Board):
             for vcpu in self.vcpus:
                 stack.callback(vcpu.close)
 
+    def create_platform(self, cpu: str) -> Platform:
+        """A host part for this machine's memory; `use_platform` makes it the machine's."""
+        platform = open_platform(cpu, self.irqchip)
+        try:
+            platform.attach_memory(self.memory)
+        except BaseException:
+            platform.close()
+            raise
+        return platform
+
+    def create_models(self, platform: Platform) -> list[CpuModel]:
+        """A CPU model for each vCPU."""
+        models = platform.create_cpus(self._vcpu_count)
+        platform.set_cpuid(self._cpuid_in_force)
+        loop = self._loop
+        if isinstance(loop, SimulationLoop):
+            models = [TimedCpu(model, loop, self._host_factor) for model in models]
+            for vcpu, model in zip(self.vcpus, models, strict=False):  # they take over
+                self._tell_owner(model, vcpu)
+        return models
+
+    def use_platform(self, platform: Platform) -> None:
+        """Another host part has taken over; the vCPUs have its models."""
+        self._platform = platform
+        self.paths.open(platform, self.vcpus[0].model.ring_doorbells)
+
+    def _tell_owner(self, model: CpuModel, vcpu: VCpu) -> None:
+        if isinstance(model, TimedCpu):
+            model.belongs_to(f"{self.name}.{vcpu.name}", vcpu.stats, self.paths.flush_soon)
+
     def _make_vcpu(self, model: CpuModel) -> VCpu:
         vcpu = VCpu(
             len(self.vcpus),
@@ -254,8 +282,7 @@ class Machine(Board):
             host_factor=self._host_factor,
             clock_hz=self._clock_hz,
         )
-        if isinstance(model, TimedCpu):
-            model.belongs_to(f"{self.name}.{vcpu.name}", vcpu.stats, self.paths.flush_soon)
+        self._tell_owner(model, vcpu)
         vcpu.on_hypercall(self._hypercall)
         return vcpu
 
@@ -319,6 +346,7 @@ class Machine(Board):
             self.pio.unmapped = self.mmio.unmapped = Unmapped.OPEN_BUS
         # KVM fixes it at the first entry.
         if self._cpuid is None and not (self._has_run or any(v.was_stepped for v in self.vcpus)):
+            self._cpuid_in_force = state.cpuid
             platform.set_cpuid(state.cpuid)
         if state.xcr0:
             platform.enable_xcr0()
@@ -450,6 +478,22 @@ class Machine(Board):
                 if self._has_run and not self._closed:
                     for device in self.devices.values():
                         self._tasks.start(device)
+
+    async def switch_cpu(self, cpu: str, timeout: float | None = DRAIN_TIMEOUT_S) -> None:
+        """Go on with another CPU model, ``"kvm"`` or ``"soft"``, on the same memory.
+
+        All state goes over (gem5: switchOut, takeOverFrom). What the other model cannot
+        hold is kept, reported once, and given back on return. An active `run()` goes on.
+
+        Raises:
+            ConfigurationError: no such model here; or the interrupt controllers are KVM's.
+            DrainTimeout, HostError: see `drain()`; the machine goes on with the model it has.
+        """
+        if cpu not in ("kvm", "soft"):
+            raise ConfigurationError(f'cpu={cpu!r}: "kvm" and "soft" are possible')
+        async with self.drained(timeout):
+            switch_cpu(self, cpu)
+            self._cpu = cpu
 
     async def fork(self, count: int, timeout: float | None = DRAIN_TIMEOUT_S) -> list[Machine]:
         """`count` copies of the machine as it is now, each with its own devices.

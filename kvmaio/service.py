@@ -22,6 +22,7 @@ from .exits import (
 from .suspension import Suspended, drive
 
 if TYPE_CHECKING:
+    from .cpu import CpuModel
     from .vcpu import VCpu
 
 __all__ = ["HypercallHandler", "Service"]
@@ -41,13 +42,7 @@ class Service:
         self._mmio = mmio
         self.hypercall: HypercallHandler | None = None
         self.on_debug: Callable[[VCpu], None] | None = None
-        # References into the run page, made once: making one costs more than a read through it.
-        page = vcpu.model.page
-        self._page = page
-        self._io = page.io
-        self._mmio_part = page.mmio
-        self._words = vcpu.model.io_words
-        self._mmio_word = vcpu.model.mmio_word
+        self.use_model(vcpu.model)
         self._others: dict[int, Callable[[], Awaitable[None] | None]] = {
             Reason.HLT: self._halt,
             Reason.IRQ_WINDOW_OPEN: self._nothing,  # the next entry injects
@@ -61,6 +56,16 @@ class Service:
             Reason.FAIL_ENTRY: self._fail_entry,
             Reason.DEBUG: self._debug_event,
         }
+
+    def use_model(self, model: CpuModel) -> None:
+        """The exits come from `model` from now on."""
+        # References into the run page, made once: making one costs more than a read through it.
+        page = model.page
+        self._page = page
+        self._io = page.io
+        self._mmio_part = page.mmio
+        self._words = model.io_words
+        self._mmio_word = model.mmio_word
 
     def count(self) -> bool:
         """Count the exit that has just come; must the next entry complete it?"""

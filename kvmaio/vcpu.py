@@ -524,6 +524,7 @@ class VCpu:
         self._drain_error = None
         self.model.write_state(saved.state)
         self._registers.taken(saved.state.context)
+        self._entry.page_is_stale = True
         self._restored = saved.state
         self._become_idle()
         self._resumes = bool(engine["active"])
@@ -538,6 +539,25 @@ class VCpu:
         self.interrupts.nmi = bool(engine["nmi"])
         if self._entry.events is not None:
             self._entry.events.resume_at(engine["instructions"])
+
+    def take_over(self, model: CpuModel) -> CpuModel:
+        """Go on with `model` (gem5: switchOut, takeOverFrom); the other one, to be closed.
+
+        All state goes over at once; what `model` cannot hold it reports.
+
+        Raises:
+            ConfigurationError: not at rest, or `model` is the present one.
+        """
+        if not self._at_rest:
+            raise ConfigurationError(f"{self.name} must be drained before another model takes over")
+        if model is self.model:
+            raise ConfigurationError(f"{self.name} cannot take over from itself")
+        saved = self.save()
+        switched_out, self.model = self.model, model
+        self._entry.use_model(model)
+        self._service.use_model(model)
+        self.restore(saved)
+        return switched_out
 
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
