@@ -552,12 +552,20 @@ class VCpu:
             raise ConfigurationError(f"{self.name} must be drained before another model takes over")
         if model is self.model:
             raise ConfigurationError(f"{self.name} cannot take over from itself")
-        saved = self.save()
-        switched_out, self.model = self.model, model
+        saved, switched_out = self.save(), self.model
+        try:
+            self._use_model(model)
+            self.restore(saved)
+        except BaseException:
+            self._use_model(switched_out)
+            self.restore(saved)
+            raise
+        return switched_out
+
+    def _use_model(self, model: CpuModel) -> None:
+        self.model = model
         self._entry.use_model(model)
         self._service.use_model(model)
-        self.restore(saved)
-        return switched_out
 
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
