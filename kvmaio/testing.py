@@ -24,14 +24,17 @@ from .device import Device
 from .devices import DebugExit, Uart16550
 from .machine import Machine
 from .round_trip import LostState, check_round_trips
+from .strategies import BusAccess, register_accesses
 
 __all__ = [
     "BenchMachine",
+    "BusAccess",
     "BusDriver",
     "LostState",
     "ManualClock",
     "RecordingIrq",
     "check_round_trips",
+    "register_accesses",
     "settle",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
 import re
@@ -23,21 +24,34 @@ def with_python(pages: list[Path]) -> list[Path]:
     return [page for page in pages if any(language == "python" for language, _ in blocks(page))]
 
 
+@pytest.fixture
+def runner():
+    """An event loop that goes on from block to block."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: page.name)
-def test_python_blocks_run(page, capsys):
+def test_python_blocks_run(page, capsys, runner):
     """Blocks of one page share their names; a text block right after one is what it prints."""
     names: dict[str, object] = {"__name__": page.stem}
     followers = [*blocks(page)[1:], ("", "")]
     for (language, code), (next_language, expected) in zip(blocks(page), followers, strict=True):
         if language != "python":
             continue
-        exec(compile(code, page.name, "exec"), names)
+        # As a notebook's cells, blocks may await.
+        compiled = compile(code, page.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        pending = eval(compiled, names)
+        if inspect.iscoroutine(pending):
+            runner.run(pending)
         printed = capsys.readouterr().out
         assert printed == (expected if next_language == "text" else "")
     for name, test in names.items():
         if name.startswith("test_") and inspect.iscoroutinefunction(test):
             asyncio.run(test())
+        elif name.startswith("test_") and callable(test):
+            test()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

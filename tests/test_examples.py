@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.assembler import have_tools
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TIME_LIMIT_S = 250
+NEEDS = {"debug_with_gdb": "gdb"}
 
 PROMISED = {
     "hello_serial": r"""
@@ -24,6 +26,14 @@ PROMISED = {
     "countdown_timer": r"""
         (\d+\.\d\d s  \*
         ){5}Halted\(\): 5 interrupts woke the guest, \d halts
+    """,
+    "debug_with_gdb": r"""
+        .*Breakpoint 1, 0x00001007 in .*
+        \$1 = 5
+        .*Old value = 0
+        New value = 15
+        .*=> 0x100c:\thlt *
+        .*Halted\(\); the sum is 42
     """,
     "device_that_awaits": r"""
         .*the guest reads; its device asks the service
@@ -59,6 +69,8 @@ def test_every_example_is_tested():
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", PROMISED)
 def test_example_prints_what_it_promises(name):
+    if (tool := NEEDS.get(name)) and shutil.which(tool) is None:
+        pytest.skip(f"needs {tool} (package {tool})")
     result = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"],
         capture_output=True,
