@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -130,10 +131,10 @@ async def test_failed_switch_leaves_the_machine_as_it_was(monkeypatch):
         machine.load(Flat(assemble(("inc eax", "hlt"), "real16", 0x1000), 0x1000))
         old = machine.vcpus[0].model
 
-        write_state = KvmCpu.write_state
+        write_state: Any = KvmCpu.write_state
 
-        def refuse(self, saved):
-            if self is not old:
+        def refuse(self: Any, saved: Any) -> None:
+            if self is not old or not isinstance(old, KvmCpu):
                 raise OSError("no")
             write_state(self, saved)
 
