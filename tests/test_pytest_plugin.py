@@ -1,11 +1,14 @@
 """The pytest plugin, as a project that uses kvmaio sees it: in a session of its own."""
 
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from tests.assembler import have_tools
 from tests.engine.support import LAB
 
 GUEST = """
@@ -60,6 +63,18 @@ def test_a_cpu_model_that_is_not_there_skips_with_the_reason(tmp_path):
 def test_both_runs_every_test_twice(tmp_path):
     text = session(tmp_path, "--kvmaio-cpu=both")
     assert "4 passed, 4 skipped" in text or "8 passed" in text
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "testing.md"
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(not have_tools(), reason="needs GNU as and ld (package binutils)")
+def test_the_page_about_testing_does_what_it_says(pytester):
+    code = "".join(re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+    pytester.makepyfile(code)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=code.count("async def test_") + 2 + 1)  # 3 numbers, 2 loops
 
 
 @pytest.fixture

@@ -101,7 +101,9 @@ class ChromeTrace:
     def _exit(self, record: ExitRecord) -> str:
         time_ns, source, reason, ticks, exit_ = record
         # Executed time is measured by another clock than time: events must not overlap.
-        begun_ns = max(time_ns - ticks, self._left_ns.get(source, self._began_ns))
+        begun_ns, left_ns = time_ns - ticks, self._left_ns.get(source, self._began_ns)
+        if begun_ns < left_ns:
+            begun_ns = min(left_ns, time_ns)
         self._left_ns[source] = time_ns
         prefix = self._prefixes.get((source, reason)) if exit_ is None else None
         if prefix is None:
@@ -109,9 +111,7 @@ class ChromeTrace:
             prefix = self._prefix("guest", "exit", source, arguments) + "},"
             if exit_ is None:
                 self._keep((source, reason), prefix)
-        return (
-            f'{prefix}"ts":{begun_ns - self._began_ns}e-3,"dur":{max(0, time_ns - begun_ns)}e-3}}'
-        )
+        return f'{prefix}"ts":{begun_ns - self._began_ns}e-3,"dur":{time_ns - begun_ns}e-3}}'
 
     def _access(self, record: AccessRecord) -> str:
         what = record[1:8]  # all but times and value
@@ -122,12 +122,9 @@ class ChromeTrace:
             arguments = {"by": vcpu, bus: hex(address), "size": size}
             prefix = self._prefix(name, "access", source, arguments) + ',"value":'
             self._keep(what, prefix)
-        value = record.value
+        value = record[8]  # by number: by name takes a call
         shown = "null" if value is None else f'"{value:#x}"'
-        return (
-            f'{prefix}{shown}}},"ts":{record.time_ns - self._began_ns}e-3,'
-            f'"dur":{record.duration_ns}e-3}}'
-        )
+        return f'{prefix}{shown}}},"ts":{record[0] - self._began_ns}e-3,"dur":{record[9]}e-3}}'
 
     def _stall(self, record: StallRecord) -> str:
         prefix = self._prefix("stall", "stall", record.source, {"for": record.access})
