@@ -413,8 +413,9 @@ class LocalApic(Device):
         None also while the last one waits, as it could not be told from another.
         """
         entry = self.lvt_timer
-        waits = self._requested & 1 << (entry & 0xFF)
-        if self._counts_from_ns is None or entry & LVT_MASKED or waits:
+        vector = entry & 0xFF
+        waits = self._requested & 1 << vector
+        if self._counts_from_ns is None or entry & LVT_MASKED or waits or vector < LOWEST_VECTOR:
             return None
         period_ns = self.initial_count * self._tick_ns
         if entry & LVT_PERIODIC:
