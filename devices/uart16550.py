@@ -127,6 +127,9 @@ class Uart16550(Console):
     The interrupt goes through OUT2, as on a PC: with OUT2 off, or in
     loopback, which forces the outputs off, IIR tells of interrupts but the
     line stays low.
+
+    Attributes:
+        intake: takes what the connections bring, instead of `send()`; see `kvmaio.replay`.
     """
 
     size = 8
@@ -158,6 +161,7 @@ class Uart16550(Console):
         self._sending = 0  # writes to THR that wait for a peer
         self._room = asyncio.Event()
         self._turn = asyncio.Lock()
+        self.intake: Receive | None = None
 
     # What a user does with it
 
@@ -209,7 +213,10 @@ class Uart16550(Console):
         self.update()
 
     def _receiver(self) -> Receive:
-        return self.send
+        return self._incoming
+
+    async def _incoming(self, data: bytes) -> None:
+        await (self.send if self.intake is None else self.intake)(data)
 
     # What the guest does with it
 

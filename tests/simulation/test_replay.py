@@ -1,0 +1,129 @@
+"""Inputs from outside, recorded and played again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from kvmaio import Machine, real_time
+from kvmaio.boot import Flat
+from kvmaio.devices import Uart16550
+from kvmaio.errors import ConfigurationError
+from kvmaio.replay import Input, read_inputs, recording, replaying
+from tests.assembler import assemble
+from tests.simulation.support import PATIENCE, simulate
+
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60 * PATIENCE)]
+
+# Halts; the handler of IRQ 4 (vector 0x24) echoes each byte, and a zero ends it.
+ECHO = (
+    *("cli", "mov word ptr [0x90], offset handler", "mov word ptr [0x92], 0"),
+    *("mov dx, 0x3f9", "mov al, 1", "out dx, al", "mov dx, 0x3fc", "mov al, 8", "out dx, al"),
+    *("sti", "wait: hlt", "jmp wait"),
+    *("handler: mov dx, 0x3f8", "in al, dx", "test al, al", "jz over", "out dx, al", "iret"),
+    *("over: cli", "hlt"),
+)
+
+
+class Timed(Uart16550):
+    """Keeps when it got what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: list[tuple[int, bytes]] = []
+
+    async def send(self, data: bytes | str) -> None:
+        assert isinstance(data, bytes)
+        self.got.append((self.clock.now_ns, data))
+        await super().send(data)
+
+
+async def session(path: Path, how, pieces: list[bytes]) -> Timed:
+    """A guest that echoes what a socket brings, at times that the world decides."""
+    ours, theirs = socket.socketpair()
+    async with Machine(memory="1M") as machine:
+        uart = machine.attach(Timed(), pio=0x3F8, irq=4)
+        machine.load(Flat(assemble(ECHO, "real16", 0x1000), 0x1000))
+        with how(machine, path):
+            await uart.connect_socket(ours)
+            run = asyncio.create_task(machine.run())
+            for piece in pieces:
+                async with real_time():
+                    await asyncio.sleep(0.003)
+                    theirs.sendall(piece)
+            async with asyncio.timeout(10), real_time():
+                await run
+    theirs.close()
+    return uart
+
+
+def test_the_same_input_at_the_same_times(tmp_path):
+    path = tmp_path / "inputs"
+    first = simulate(session(path, recording, [b"a", b"bc", b"d", b"\0"]))
+    assert first.output == b"abcd"
+    second = simulate(session(path, replaying, [b"noise", b"noise"]))
+    assert (second.got, second.output) == (first.got, b"abcd")
+    facts, inputs = read_inputs(path)
+    assert facts == {}
+    assert [(each.time_ns, each.data) for each in inputs] == first.got
+    assert {each.device for each in inputs} == {"timed0"}
+
+
+def test_facts_are_kept(tmp_path):
+    async def main() -> None:
+        async with Machine(memory="1M") as machine:
+            with recording(machine, tmp_path / "inputs", clock="2020-01-01"):
+                pass
+            with replaying(machine, tmp_path / "inputs") as facts:
+                assert facts == {"clock": "2020-01-01"}
+
+    simulate(main())
+
+
+async def test_refused_without_simulated_time(tmp_path):
+    async with Machine(memory="1M") as machine:
+        with (
+            pytest.raises(ConfigurationError, match="only simulated time"),
+            recording(machine, tmp_path / "inputs"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "no JSON\n",
+        "[]\n",
+        '{"kvmaio inputs": 2, "facts": {}}\n',
+        '{"kvmaio inputs": 1}\n',
+        '{"kvmaio inputs": 1, "facts": {}}\n{"time_ns": 1}\n',
+        '{"kvmaio inputs": 1, "facts": {}}\n{"time_ns": 1, "instructions": 1, "device": "x", '
+        '"data": "zz"}\n',
+    ],
+)
+def test_foreign_files_are_refused(tmp_path, content):
+    path = tmp_path / "inputs"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match="is no recording of inputs"):
+        read_inputs(path)
+
+
+def test_unknown_device_is_refused(tmp_path):
+    async def main() -> None:
+        entry = {"time_ns": 1, "instructions": None, "device": "tty", "data": "00"}
+        head = {"kvmaio inputs": 1, "facts": {}}
+        (tmp_path / "inputs").write_text(f"{json.dumps(head)}\n{json.dumps(entry)}\n")
+        assert read_inputs(tmp_path / "inputs") == ({}, [Input(1, None, "tty", b"\0")])
+        async with Machine(memory="1M") as machine:
+            with (
+                pytest.raises(ConfigurationError, match="inputs for tty, and machine has no"),
+                replaying(machine, tmp_path / "inputs"),
+            ):
+                pass
+
+    simulate(main())
