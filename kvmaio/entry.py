@@ -69,7 +69,9 @@ class Entry:
         self.count_exit = count_exit
         self.on_end = on_end
         self._host_factor = host_factor
-        self._milli_cycles_per_us = int(HOST_HZ * host_factor) // 1000
+        hz = getattr(model, "host_hz", HOST_HZ)  # a model's own clock, where it has one
+        self._milli_cycles_per_us = int(hz * host_factor) // 1000
+        self._counts = hasattr(model, "instructions")
         self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
@@ -270,6 +272,8 @@ class Entry:
         if half:
             stats.numVMHalfEntries += 1
         stats.numCycles += executed_ns * self._milli_cycles_per_us // 1_000_000
+        if self._counts:
+            stats.numInsts = stats.totalInsts = stats.ctrInsts = self.model.instructions
         if result is _EXIT:
             # From now on, served or not: pushing registers first would lose the data of a read.
             self.registers.access_pending = self.count_exit()
@@ -281,6 +285,13 @@ class Entry:
     def _count_half_entry(self) -> None:
         self.stats.numVMExits += 1
         self.stats.numVMHalfEntries += 1
+
+    def recount(self, count: int | None) -> None:
+        """The guest is where it had executed `count` instructions; 0 after a reset."""
+        if self._counts:
+            self.model.instruction_stop.reset(count or 0)
+        if self.events is not None:
+            self.events.resume_at(count)
 
     # ---- the model's registers ----------------------------------------------------------
 

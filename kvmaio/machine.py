@@ -25,7 +25,7 @@ from .exits import Halted, Outcome, Shutdown, Stopped
 from .fork import forbid_in_child, fork
 from .irq import IrqLine
 from .memory import parse_size
-from .platform import Platform, open_platform
+from .platform import Platform, choose, open_platform
 from .service import HypercallHandler
 from .simulation import SimulationLoop
 from .stats import MachineStatistics
@@ -160,7 +160,8 @@ class Machine(Board):
         self.clock = LoopClock(self._loop)
         self.clock.on_set = self.tracing.refresh
         if self.irqchip is None and self._vcpu_count > 1:
-            self.irqchip = "kernel"
+            cpu = choose() if self._cpu == "auto" else self._cpu
+            self.irqchip = "kernel" if cpu == "kvm" else "devices"
         platform = self.create_platform(self._cpu)
         try:
             for model in self.create_models(platform):
@@ -243,7 +244,7 @@ class Machine(Board):
 
     def create_platform(self, cpu: str) -> Platform:
         """A host part for this machine's memory; `use_platform` makes it the machine's."""
-        platform = open_platform(cpu, self.irqchip)
+        platform = open_platform(cpu, self.irqchip, self._clock_hz)
         try:
             platform.attach_memory(self.memory)
         except BaseException:

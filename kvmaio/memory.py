@@ -81,6 +81,7 @@ class GuestMemory:
         self._watchers: list[
             tuple[Callable[[MemoryRegion], None], Callable[[MemoryRegion], None]]
         ] = []
+        self._written: list[Callable[[int, int], None]] = []
         self._check: Callable[[int, int, str], None] | None = None
 
     @property
@@ -143,11 +144,14 @@ class GuestMemory:
         for region, start, length in list(self._pieces(address, len(data))):
             region.mapping[start : start + length] = data[done : done + length]
             done += length
+        for written in self._written:
+            written(address, done)
 
     def view(self, address: int, size: int) -> memoryview:
         """A writable window on guest memory; it must lie within one region.
 
-        The guest sees writes at once, and the other way round.
+        The guest sees writes at once, and the other way round. But code that the
+        software CPU has executed before goes on as it was: change that by `write()`.
         """
         region = self.region_at(address)
         if region is None or address + size > region.end or size < 0:
@@ -167,12 +171,20 @@ class GuestMemory:
         return next((r for r in self.regions if base < r.end and r.base < base + size), None)
 
     def watch(
-        self, added: Callable[[MemoryRegion], None], removed: Callable[[MemoryRegion], None]
+        self,
+        added: Callable[[MemoryRegion], None],
+        removed: Callable[[MemoryRegion], None],
+        written: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Call `added` for each region there is and will be, `removed` when one goes."""
+        """Call `added` for each region there is and will be, `removed` when one goes.
+
+        `written` is called behind each `write()`, with address and size.
+        """
         for region in self.regions:
             added(region)
         self._watchers.append((added, removed))
+        if written is not None:
+            self._written.append(written)
 
     def guard(self, check: Callable[[int, int, str], None]) -> None:
         """Have `check(base, size, what)` refuse a region by raising ConfigurationError."""
@@ -192,6 +204,7 @@ class GuestMemory:
         """Forget all regions; host memory goes once the last view of it does."""
         self.image = None
         self._watchers.clear()
+        self._written.clear()
         self.regions.clear()
         self._bases.clear()
 

@@ -12,7 +12,7 @@ from .cpu import CpuModel
 from .errors import ConfigurationError
 from .memory import GuestMemory
 
-__all__ = ["Platform", "open_platform"]
+__all__ = ["Platform", "choose", "open_platform"]
 
 
 class Platform(Protocol):
@@ -75,18 +75,41 @@ class Platform(Protocol):
         """Give everything back; the CPU models are closed before."""
 
 
-def open_platform(cpu: str, irqchip: str | None) -> Platform:
-    """The platform for ``Machine(cpu=..., irqchip=...)``.
+def open_platform(cpu: str, irqchip: str | None, clock_hz: int) -> Platform:
+    """The platform for ``Machine(cpu=..., irqchip=..., clock_hz=...)``.
 
     Raises:
         ConfigurationError: there is none here.
-        HostError: ``cpu="kvm"`` and KVM refuses.
+        HostError: the model that was asked for cannot be had.
     """
-    from .kvm.host import usable
+    if cpu == "auto":
+        cpu = choose(irqchip)
+    if cpu == "soft":
+        from .soft.platform import SoftPlatform
+
+        return SoftPlatform(irqchip, clock_hz)
     from .kvm.platform import KvmPlatform
 
-    if cpu == "soft":
-        raise ConfigurationError('cpu="soft": this version of kvmaio has no software CPU yet')
-    if cpu == "auto" and (reason := usable()) is not None:
-        raise ConfigurationError(f"no CPU model is usable here. KVM: {reason}")
     return KvmPlatform(irqchip)
+
+
+def choose(irqchip: str | None = None) -> str:
+    """The CPU model for ``cpu="auto"``: KVM if it is usable, else the software CPU.
+
+    Raises:
+        ConfigurationError: neither is; says what to install.
+    """
+    from .kvm.host import usable
+    from .soft.library import why_not
+
+    no_kvm = usable()
+    if no_kvm is None:
+        return "kvm"
+    if irqchip in ("kernel", "split"):
+        raise ConfigurationError(f'irqchip="{irqchip}" needs KVM, which is not usable: {no_kvm}')
+    no_soft = why_not()
+    if no_soft is None:
+        return "soft"
+    raise ConfigurationError(
+        f"no CPU model is usable here. KVM: {no_kvm}. Software CPU: {no_soft}"
+    )

@@ -484,8 +484,7 @@ class VCpu:
         self._fresh = True
         self.halted = self._suspended = self.awaits_start_up = False
         self._init_due, self._start_up_due = False, None
-        if self._entry.events is not None:
-            self._entry.events.reset()
+        self._entry.recount(0)
 
     def save(self) -> SavedCpu:
         """All state, at rest. What was restored and not entered since is given as it was.
@@ -537,8 +536,7 @@ class VCpu:
         for vector in engine["vectors"]:
             self.interrupts.add(vector)
         self.interrupts.nmi = bool(engine["nmi"])
-        if self._entry.events is not None:
-            self._entry.events.resume_at(engine["instructions"])
+        self._entry.recount(engine["instructions"])
 
     def take_over(self, model: CpuModel) -> CpuModel:
         """Go on with `model` (gem5: switchOut, takeOverFrom); the other one, to be closed.

@@ -335,5 +335,5 @@ class ScriptedPlatform:
 def scripted_machine(monkeypatch: Any, *cpus: ScriptedCpu, **arguments: Any) -> Machine:
     """A machine, to be entered, whose vCPUs are `cpus`."""
     platform = ScriptedPlatform(cpus)
-    monkeypatch.setattr(kvmaio.machine, "open_platform", lambda cpu, irqchip: platform)
+    monkeypatch.setattr(kvmaio.machine, "open_platform", lambda *arguments: platform)
     return Machine(memory="1M", vcpus=len(cpus), **arguments)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError, ConfigurationError, HostError
 from ._native import lib
 from .cpuid import CpuidEntry
 
 if TYPE_CHECKING:
-    from .cpu import KvmCpu
     from .vm import KvmVm
 
-__all__ = ["get_vm_state", "set_vm_state"]
+
+class HasCpuid(Protocol):
+    """A CPU model, as far as its CPUID table goes."""
+
+    index: int
+    cpuid: tuple[CpuidEntry, ...]
+
+    def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
+
+
+__all__ = ["get_cpuid_tables", "get_vm_state", "set_cpuid_tables", "set_vm_state"]
 
 _CHIPS = {
     "kvm_pic_master": lib.KVM_IRQCHIP_PIC_MASTER,
@@ -26,9 +35,26 @@ _ENTRY = struct.Struct("<7I")  # of CPUID: function, index, flags, eax, ebx, ecx
 State = dict[str, bytes | int]
 
 
-def get_vm_state(vm: KvmVm, cpus: Sequence[KvmCpu]) -> State:
+def get_cpuid_tables(cpus: Sequence[HasCpuid]) -> State:
+    """Each vCPU's table, by name."""
+    return {f"kvm_cpuid{cpu.index}": _pack(cpu.cpuid) for cpu in cpus}
+
+
+def set_cpuid_tables(cpus: Sequence[HasCpuid], state: State) -> None:
+    """Take them back, those that are there.
+
+    Raises:
+        CheckpointError: a table is no table, or the guest has run with another one.
+    """
+    for cpu in cpus:
+        table = state.get(f"kvm_cpuid{cpu.index}")
+        if isinstance(table, bytes):
+            _set_cpuid(cpu, table)
+
+
+def get_vm_state(vm: KvmVm, cpus: Sequence[HasCpuid]) -> State:
     """By name: the kernel's structures, and each vCPU's CPUID table."""
-    state: State = {f"kvm_cpuid{cpu.index}": _pack(cpu.cpuid) for cpu in cpus}
+    state = get_cpuid_tables(cpus)
     if vm.kvm.capability(lib.KVM_CAP_ADJUST_CLOCK):
         state["kvm_clock"] = vm.get_clock()
     if vm.irqchip == "kernel":
@@ -37,17 +63,14 @@ def get_vm_state(vm: KvmVm, cpus: Sequence[KvmCpu]) -> State:
     return state
 
 
-def set_vm_state(vm: KvmVm, cpus: Sequence[KvmCpu], state: State) -> None:
+def set_vm_state(vm: KvmVm, cpus: Sequence[HasCpuid], state: State) -> None:
     """Take it back. What another CPU model has saved is not there, and stays as it is.
 
     Raises:
         CheckpointError: a structure is not KVM's, or the guest has run with other CPUID.
         HostError: the host refused.
     """
-    for cpu in cpus:
-        table = state.get(f"kvm_cpuid{cpu.index}")
-        if isinstance(table, bytes):
-            _set_cpuid(cpu, table)
+    set_cpuid_tables(cpus, state)
     try:
         if isinstance(clock := state.get("kvm_clock"), int):
             vm.set_clock(clock)
@@ -66,7 +89,7 @@ def _structure(state: State, name: str) -> bytes:
     return structure
 
 
-def _set_cpuid(cpu: KvmCpu, table: bytes) -> None:
+def _set_cpuid(cpu: HasCpuid, table: bytes) -> None:
     if table == _pack(cpu.cpuid):
         return
     if len(table) % _ENTRY.size:

@@ -1,0 +1,277 @@
+/* What the files of the software CPU share: Unicorn's inside, and ours. */
+#ifndef KVMAIO_ENGINE_H
+#define KVMAIO_ENGINE_H
+
+#include "_soft.h"
+#include "_unicorn.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#define likely(condition) __builtin_expect(!!(condition), 1)
+#define unlikely(condition) __builtin_expect(!!(condition), 0)
+
+#define GUEST_PAGE 4096ull
+#define PHYSICAL_END (1ull << 52)
+
+/* ---- Unicorn's registers -----------------------------------------------------------
+ *
+ * The beginning of its CPUX86State, and where further fields are. Checked when
+ * the library is loaded: see _load.c.
+ */
+
+enum { ES, CS, SS, DS, FS, GS }; /* the engine's order of segments */
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R11 = 11 };
+
+struct segment {
+	uint32_t selector, pad;
+	uint64_t base;
+	uint32_t limit;
+	uint32_t flags; /* the descriptor's second word */
+};
+
+struct registers {
+	uint64_t general[16], rip, rflags; /* without the arithmetic flags and DF */
+	uint64_t cc_dst, cc_src, cc_src2;
+	uint32_t cc_op;
+	int32_t direction;
+	uint32_t hflags, hflags2;
+	struct segment segments[6], ldt, tr, gdt, idt;
+	uint64_t cr[5];
+};
+
+#define EFER_OFFSET 592
+#define CPU_OFFSET 0x1b8 /* of the pointer to its CPU within uc_engine */
+
+#define HFLAG_INHIBIT_IRQ (1u << 3)
+#define HFLAG_CS64 (1u << 15)
+#define HFLAG_SMAP (1u << 23)
+#define HFLAG2_NMI (1u << 2) /* NMIs are blocked */
+
+#define RFLAGS_TF 0x100u
+#define RFLAGS_IF 0x200u
+#define RFLAGS_DF 0x400u
+#define RFLAGS_NT 0x4000u
+#define RFLAGS_RF 0x10000u
+#define RFLAGS_VM 0x20000u
+#define RFLAGS_AC 0x40000u
+#define CR0_PE 1u
+#define CR0_WP (1u << 16)
+#define CR0_PG (1u << 31)
+#define CR4_PSE (1u << 4)
+#define CR4_PAE (1u << 5)
+#define CR4_SMAP (1u << 21)
+#define EFER_SCE 1u
+#define EFER_LMA (1u << 10)
+
+/* ---- the library's functions --------------------------------------------------------- */
+
+/* X(type, name, arguments): of its interface, */
+#define API(X)                                                                              \
+	X(uc_err, uc_open, (int, int, uc_engine **))                                        \
+	X(uc_err, uc_close, (uc_engine *))                                                  \
+	X(uc_err, uc_ctl, (uc_engine *, int, ...))                                          \
+	X(uc_err, uc_hook_add, (uc_engine *, uc_hook *, int, void *, void *, uint64_t,      \
+				uint64_t, ...))                                             \
+	X(uc_err, uc_hook_del, (uc_engine *, uc_hook))                                      \
+	X(uc_err, uc_mem_map_ptr, (uc_engine *, uint64_t, uint64_t, uint32_t, void *))      \
+	X(uc_err, uc_mem_unmap, (uc_engine *, uint64_t, uint64_t))                          \
+	X(uc_err, uc_mmio_map, (uc_engine *, uint64_t, uint64_t, mmio_read *, void *,       \
+				mmio_write *, void *))                                      \
+	X(uc_err, uc_mem_protect, (uc_engine *, uint64_t, uint64_t, uint32_t))              \
+	X(uc_err, uc_reg_read, (uc_engine *, int, void *))                                  \
+	X(uc_err, uc_reg_write, (uc_engine *, int, const void *))                           \
+	X(uc_err, uc_emu_start, (uc_engine *, uint64_t, uint64_t, uint64_t, size_t))        \
+	X(uc_err, uc_emu_stop, (uc_engine *))
+
+/* and of its inside: leave the translated code for good (never returns), recompute the
+ * hidden flags, answer CPUID, set XCR0, forget the translations of some memory. */
+#define INSIDE(X)                                                                           \
+	X(void, cpu_loop_exit, (void *))                                                    \
+	X(void, x86_update_hflags, (void *))                                                \
+	X(void, cpu_x86_cpuid, (void *, uint32_t, uint32_t, uint32_t *, uint32_t *,         \
+				uint32_t *, uint32_t *))                                    \
+	X(void, helper_xsetbv, (void *, uint32_t, uint64_t))                                \
+	X(uint64_t, qemu_ram_addr_from_host, (uc_engine *, void *))                         \
+	X(void, tb_invalidate_phys_range, (uc_engine *, uint64_t, uint64_t))
+
+typedef uint64_t mmio_read(uc_engine *, uint64_t, unsigned, void *);
+typedef void mmio_write(uc_engine *, uint64_t, unsigned, uint64_t, void *);
+
+struct library {
+#define DECLARE(type, name, arguments) type (*name) arguments;
+	API(DECLARE)
+	INSIDE(DECLARE)
+#undef DECLARE
+	size_t state_offset; /* of an engine's registers from its CPU */
+	size_t xcr0_offset, fault_offset, debug_offset, old_exception_offset; /* within these */
+};
+
+extern struct library kvmaio_library;
+#define uc(name, ...) kvmaio_library.name(__VA_ARGS__)
+
+/* ---- the machine ---------------------------------------------------------------------- */
+
+#define MOST_REGIONS 64
+
+struct region {
+	uint64_t base, size;
+	uint8_t *host;
+	int readonly;
+};
+
+struct kvmaio_soft_machine {
+	struct region regions[MOST_REGIONS];
+	int region_count;
+	struct cpu *cpus;
+	/* The turn: first come, first served. */
+	_Atomic uint32_t next_ticket, serving;
+};
+
+void kvmaio_take_turn(kvmaio_soft_machine *machine);
+void kvmaio_end_turn(kvmaio_soft_machine *machine);
+uint8_t *kvmaio_host_address(kvmaio_soft_machine *machine, uint64_t address, size_t size, int write);
+
+/* ---- a CPU ------------------------------------------------------------------------- */
+
+#define MOST_ACCESSES 160 /* of one instruction: FXRSTOR from a device has the most */
+#define MOST_BREAKPOINTS 64
+#define MOST_CPUID 64
+
+enum access_kind { PORT_READ, PORT_WRITE, MEMORY_READ, MEMORY_WRITE };
+
+struct access {
+	enum access_kind kind;
+	uint32_t size;
+	uint64_t address, data;
+};
+
+/* Why the engine has stopped. */
+enum stop { STOP_NOT, STOP_BOUNDARY, STOP_ACCESS, STOP_EXCEPTION, STOP_SYSCALL, STOP_SYSENTER,
+	    STOP_BREAKPOINT, STOP_ERROR };
+
+/* What needs a look between two instructions; one word, so that one load sees all. */
+union attention {
+	struct {
+		_Atomic uint8_t kick; /* set from any thread */
+		uint8_t own;
+	};
+	volatile uint16_t any;
+};
+
+enum {
+	LOOK_ACCESSES = 1,  /* those of the instruction before are to be forgotten */
+	LOOK_INTERRUPT = 2, /* an interrupt, an NMI or a window waits for its time */
+	LOOK_HALF = 4,      /* the next boundary is the end */
+	LOOK_BREAKPOINTS = 8,
+};
+
+struct cpu {
+	kvmaio_soft public;
+	kvmaio_soft_machine *machine;
+	struct cpu *next;
+	uc_engine *engine;
+	void *engine_cpu;
+	struct registers *registers;
+	uc_hook step_hook;
+	int hooked_for_counting;
+
+	/* The instruction under way. */
+	uint64_t pc;  /* its linear address, or NOWHERE */
+	uint64_t left; /* instructions, or blocks, that may still be executed */
+	uint64_t slice; /* `left` at the slice's beginning */
+	int64_t slice_began_ns;
+	int counted;  /* it was taken from `left`, and is given back if it is not executed */
+	union attention attention;
+	enum stop stop;
+	int vector;
+	uint64_t repeat_pc; /* the last address asked about, and whether REP is there */
+	int repeat_is;
+
+	/* Its accesses to devices: an instruction starts again for each, and what has been
+	 * answered is remembered. The last one is the exit's while `pending`. */
+	struct access accesses[MOST_ACCESSES];
+	int access_count, used;
+	uint64_t access_rip;
+	int pending, restarting;
+	struct access *current; /* what the engine is given for the read under way */
+
+	/* The run. */
+	int64_t remaining; /* instructions; < 0: no limit */
+	int half;
+	int64_t turn_end_ns;
+	_Atomic uint64_t kicked; /* runs up to this id are to end */
+	_Atomic uint64_t ended;
+
+	int interrupt;   /* the vector to deliver, or -1 */
+	int nmi_pending;
+	struct {
+		int vector, has_error; /* -1: none */
+		uint32_t error;
+	} exception; /* one that another CPU model had not delivered yet */
+	_Atomic int flush; /* memory was written from outside */
+	uint32_t fault_error; /* of our own walks, with its address */
+	uint64_t fault_address;
+
+	struct kvmaio_soft_cpuid cpuid[MOST_CPUID];
+	int cpuid_count;
+	uint64_t breakpoints[MOST_BREAKPOINTS];
+	int breakpoint_count;
+	uint64_t skip_breakpoint;
+
+	pthread_t thread;
+	int started;
+	_Atomic uint32_t command __attribute__((aligned(64)));
+};
+
+#define NOWHERE (~0ull)
+
+static inline uint64_t *field64(const struct cpu *cpu, size_t offset)
+{
+	return (uint64_t *)((uint8_t *)cpu->registers + offset);
+}
+
+static inline uint64_t efer(const struct cpu *cpu)
+{
+	return *field64(cpu, EFER_OFFSET);
+}
+
+/* Does the guest take an external interrupt now? */
+static inline int takes_interrupts(const struct cpu *cpu)
+{
+	return (cpu->registers->rflags & RFLAGS_IF) && !(cpu->registers->hflags & HFLAG_INHIBIT_IRQ);
+}
+
+/* The guest's clock, up to the instruction under way. */
+uint64_t kvmaio_ticks_now(const struct cpu *cpu);
+
+/* _state.c */
+uint64_t kvmaio_rflags(struct cpu *cpu);
+void kvmaio_set_rflags(struct cpu *cpu, uint64_t value);
+void kvmaio_flush_tlb(struct cpu *cpu);
+void kvmaio_flush_code(struct cpu *cpu);
+void kvmaio_forget_accesses(struct cpu *cpu);
+
+/* _memory.c */
+int kvmaio_linear(struct cpu *cpu, uint64_t linear, void *data, size_t size, int write);
+int kvmaio_map_all(struct cpu *cpu);
+
+/* _deliver.c: 0, or -1 for a triple fault. */
+int kvmaio_deliver(struct cpu *cpu, int vector, int software, int has_error, uint32_t error);
+int kvmaio_syscall(struct cpu *cpu);
+int kvmaio_sysenter(struct cpu *cpu);
+int kvmaio_has_error_code(int vector);
+
+/* _hooks.c */
+void kvmaio_give_back(struct cpu *cpu);
+int kvmaio_add_hooks(struct cpu *cpu);
+int kvmaio_hook_steps(struct cpu *cpu, int counting);
+bool kvmaio_on_memory(uc_engine *engine, uc_mem_type type, uint64_t address, int size,
+		      int64_t value, void *user);
+uint64_t kvmaio_on_mmio_read(uc_engine *engine, uint64_t offset, unsigned size, void *user);
+void kvmaio_on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uint64_t value,
+			  void *user);
+
+#endif

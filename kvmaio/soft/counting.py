@@ -1,0 +1,52 @@
+"""`SoftStop`: the software CPU's `kvmaio.instruction_events.InstructionStop`: exact, and free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..cpu import EntryResult
+
+if TYPE_CHECKING:
+    from .cpu import SoftCpu
+
+__all__ = ["SoftStop"]
+
+
+class SoftStop:
+    """See `kvmaio.instruction_events.InstructionStop`.
+
+    Attributes:
+        remaining: the entries to come execute no more than this; 0 is no limit.
+    """
+
+    counts_always = True
+    loses_interrupts = False
+
+    def __init__(self, cpu: SoftCpu) -> None:
+        self._cpu = cpu
+        self._reset_at = 0
+        self.remaining = 0
+
+    @property
+    def counted(self) -> int:
+        """Instructions since the reset."""
+        return int(self._cpu.handle.ticks) - self._reset_at
+
+    def reset(self, count: int = 0) -> None:
+        """Count from `count` on."""
+        self._reset_at = int(self._cpu.handle.ticks) - count
+
+    def refusal(self) -> str | None:
+        if not self._cpu.counting:
+            return "this software CPU runs uncounted; set its `counting`"
+        return None
+
+    def arm(self, remaining: int, access_pending: bool) -> bool:
+        self.remaining = remaining
+        return False
+
+    def entered(self, result: EntryResult) -> EntryResult:
+        return result
+
+    def disarm(self) -> None:
+        self.remaining = 0

@@ -1,0 +1,371 @@
+"""`SoftCpu`: the CPU model that executes guest code in software, instruction by instruction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from ..arrival import Arrival
+from ..cpu import Context, CpuState, EntryResult, PostedWrite
+from ..dump import format_state
+from ..errors import ConfigurationError, HostError
+from ..kvm.context import context_from, store
+from ..kvm.cpuid import CpuidEntry
+from ._soft import ffi, lib
+from .counting import SoftStop
+from .kept import Kept
+from .msrs import MSRS
+
+if TYPE_CHECKING:
+    from .platform import SoftMachine
+
+__all__ = ["SoftCpu"]
+
+_log = logging.getLogger(__name__)
+
+INLINE_NS = 200_000
+"""How long a run holds up the loop's thread before it moves to one of its own."""
+
+TURN_NS = 1_000_000
+"""How long runs may follow one another on the loop's thread before others have a turn."""
+
+LEAVE_LIMIT_NS = 10_000_000_000
+"""How long a kicked guest may take to stop: it looks before each instruction or block."""
+
+_RESULTS = {
+    lib.KVMAIO_SOFT_EXIT: EntryResult.EXIT,
+    lib.KVMAIO_SOFT_INTERRUPTED: EntryResult.INTERRUPTED,
+    lib.KVMAIO_SOFT_LIMIT: EntryResult.TIMER,
+}
+_LATER = lib.KVMAIO_SOFT_LATER
+
+_FXSAVE = 512
+_XSAVE_SIZE = 4096
+_XSTATE_BV = slice(512, 520)
+_X87_SSE = 0b11
+
+
+class SoftCpu:
+    """One software CPU; see `kvmaio.cpu.CpuModel`.
+
+    Its time is what it executes: an instruction takes one period of `clock_hz`.
+    Runs begin on the loop's thread, since an exit then costs no change of threads; a
+    long one goes on on a thread of its own.
+
+    Attributes:
+        index: from 0 on; also the APIC id.
+        instruction_stop: ends entries at an instruction count.
+    """
+
+    kind = "soft"
+    has_lapic = False
+
+    def __init__(self, machine: SoftMachine, index: int, clock_hz: int) -> None:
+        self.index = index
+        self.host_hz = clock_hz
+        self.resolution_ns = max(1, math.ceil(1_000_000_000 / clock_hz))
+        self._machine = machine
+        self._loop = asyncio.get_running_loop()
+        out = ffi.new("kvmaio_soft **")
+        error = lib.kvmaio_soft_create(machine.handle, out)
+        if error:
+            raise HostError("uc_open", -error, "the software CPU could not be made")
+        self.handle = out[0]
+        self.handle.inline_ns = INLINE_NS
+        self.handle.turn_ns = TURN_NS
+        self.page: Any = self.handle.page
+        raw = ffi.cast("uint8_t *", self.page)
+        self.io_words = {
+            1: raw,
+            2: ffi.cast("uint16_t *", raw),
+            4: ffi.cast("uint32_t *", raw),
+        }
+        self.mmio_word = ffi.cast("uint64_t *", self.page.mmio.data)
+        self.instruction_stop = SoftStop(self)
+        self.cpuid: tuple[CpuidEntry, ...] = ()
+        self._kept = Kept()
+        self._arrival = Arrival(self._loop)
+        self._inside = False
+        self._began = 0  # the limit of what `begin()` began
+        self._before = 0  # ticks at the last entry
+        self._uncounted = False
+        self._fd = self.handle.arrived_fd
+        self._loop.add_reader(self._fd, self._arrived)
+        # Kicks come from any thread, and must not meet close(); from a signal's handler, too.
+        self._lock = RLock()
+
+    # ---- entering -------------------------------------------------------------
+
+    def enter(self, limit_ns: int | None) -> EntryResult | None:
+        handle = self.handle
+        self._before = handle.ticks
+        outcome = lib.kvmaio_soft_enter(handle, self._limit(limit_ns))
+        if outcome != _LATER:
+            return _RESULTS[outcome]
+        self._inside = True
+        if handle.yielded:
+            self._loop.call_soon(self._go_on)
+        else:
+            self._hand_over()
+        return None
+
+    def _go_on(self) -> None:
+        if self.handle is None:
+            return
+        if lib.kvmaio_soft_go_on(self.handle) == _LATER:
+            self._hand_over()
+        else:
+            self._inside = False
+            self._arrival.set()
+
+    def _hand_over(self) -> None:
+        error = lib.kvmaio_soft_hand_over(self.handle)
+        if error:
+            self._inside = False
+            raise HostError("pthread_create", -error, "the software CPU's thread")
+
+    def _arrived(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+        if self._inside:
+            self._inside = False
+            self._arrival.set()
+
+    async def left(self) -> EntryResult:
+        while self._inside:
+            await self._arrival
+        return _RESULTS[self.handle.outcome]
+
+    def _limit(self, limit_ns: int | None) -> int:
+        """How many instructions take `limit_ns`, the last of which may pass it; -1: no limit."""
+        most = self.instruction_stop.remaining
+        if limit_ns == 0:
+            return 0
+        if limit_ns is None:
+            return most or -1
+        ticks = int(self.handle.ticks)
+        count = max(1, self._count_at(self._time_ns(ticks) + limit_ns) - ticks)
+        return min(count, most) if most else count
+
+    def _time_ns(self, ticks: int) -> int:
+        return int(ticks) * 1_000_000_000 // self.host_hz
+
+    def _count_at(self, time_ns: int) -> int:
+        return -(-time_ns * self.host_hz // 1_000_000_000)
+
+    @property
+    def executed_ns(self) -> int:
+        """What the last entry executed, in the time of `clock_hz`; exact in the long run."""
+        ticks = self.handle.ticks
+        if self._uncounted:
+            return int(ticks - self._before)
+        return self._time_ns(ticks) - self._time_ns(self._before)
+
+    def half_entry(self) -> EntryResult:
+        self._before = self.handle.ticks
+        return _RESULTS[lib.kvmaio_soft_half_entry(self.handle)]
+
+    def begin(self, limit_ns: int) -> None:
+        # Nothing yet: CPUs of one machine take turns anyway, and so their order is fixed.
+        self._before = self.handle.ticks
+        self._began = self._limit(limit_ns)
+
+    def finish(self) -> EntryResult:
+        return _RESULTS[lib.kvmaio_soft_run(self.handle, self._began)]
+
+    def is_waiting(self) -> bool:
+        return False
+
+    def kick(self) -> None:
+        with self._lock:
+            if self.handle is not None:
+                lib.kvmaio_soft_kick(self.handle, lib.kvmaio_soft_current_run(self.handle))
+
+    def kick_run(self) -> None:
+        if self._inside:
+            lib.kvmaio_soft_kick(self.handle, self.handle.run_id)
+
+    # ---- counting ---------------------------------------------------------------
+
+    @property
+    def instructions(self) -> int | None:
+        """Executed since it was made or last reset; None if it has run uncounted."""
+        return None if self._uncounted else self.instruction_stop.counted
+
+    @property
+    def counting(self) -> bool:
+        """Exact instruction counts. Without, it is faster, and its time is the host's."""
+        return bool(self.handle.counting)
+
+    @counting.setter
+    def counting(self, on: bool) -> None:
+        self.handle.counting = on
+        self._uncounted = not on
+
+    # ---- state ------------------------------------------------------------------
+
+    def read_context(self) -> Context:
+        regs, sregs = ffi.new("struct kvm_regs *"), ffi.new("struct kvm_sregs *")
+        lib.kvmaio_soft_get(self.handle, regs, sregs)
+        return context_from(regs, sregs)
+
+    def write_context(self, context: Context) -> None:
+        regs, sregs = ffi.new("struct kvm_regs *"), ffi.new("struct kvm_sregs *")
+        store(context, regs, sregs)
+        lib.kvmaio_soft_set(self.handle, regs, sregs)
+
+    def read_state(self) -> CpuState:
+        handle = self.handle
+        events = ffi.new("struct kvm_vcpu_events *")
+        lib.kvmaio_soft_get_events(handle, events)
+        debug = ffi.new("uint64_t[6]")
+        lib.kvmaio_soft_get_debug_registers(handle, debug)
+        state = CpuState(
+            context=self.read_context(),
+            xsave=self._read_xsave(),
+            xcrs={0: int(lib.kvmaio_soft_get_xcr0(handle))},
+            debug_registers=tuple(debug),
+            events=bytes(ffi.buffer(events)),
+            mp_state=0,
+            msrs=self._read_msrs(),
+        )
+        return self._kept.give_back(state)
+
+    def _read_xsave(self) -> bytes:
+        area = ffi.new("uint8_t[]", _XSAVE_SIZE)
+        lib.kvmaio_soft_get_fpu(self.handle, area)
+        area[_XSTATE_BV.start] = _X87_SSE
+        return bytes(ffi.buffer(area))
+
+    def _read_msrs(self) -> dict[int, int]:
+        value = ffi.new("uint64_t *")
+        msrs = {}
+        for index in MSRS:
+            if lib.kvmaio_soft_get_msr(self.handle, index, value) == 0:
+                msrs[index] = int(value[0])
+        return msrs
+
+    def has_injected_event(self) -> bool:
+        return bool(lib.kvmaio_soft_has_event(self.handle))
+
+    def write_state(self, saved: CpuState) -> None:
+        handle = self.handle
+        # Segments after the MSRs: among those are the bases of FS and GS, and EFER.
+        for index, value in saved.msrs.items():
+            if index in MSRS:
+                lib.kvmaio_soft_set_msr(handle, index, value)
+        self.write_context(saved.context)
+        if saved.xsave is not None:
+            self._write_xsave(saved.xsave)
+        if 0 in saved.xcrs:
+            lib.kvmaio_soft_set_xcr0(handle, saved.xcrs[0] & _X87_SSE or 1)
+        lib.kvmaio_soft_set_debug_registers(handle, ffi.new("uint64_t[6]", saved.debug_registers))
+        if saved.events is not None:
+            events = ffi.new("struct kvm_vcpu_events *")
+            buffer = ffi.buffer(events)
+            if len(saved.events) != len(buffer):
+                raise ConfigurationError(
+                    f"{len(saved.events)} bytes of events, where {len(buffer)} are expected"
+                )
+            buffer[:] = saved.events
+            lib.kvmaio_soft_set_events(handle, events)
+        if report := self._kept.keep(saved):
+            _log.warning("the software CPU keeps aside what it cannot hold: %s", report)
+
+    def _write_xsave(self, xsave: bytes) -> None:
+        """x87 and SSE; a component that is not marked present is in its initial state."""
+        present = int.from_bytes(xsave[_XSTATE_BV], "little")
+        image = bytearray(_INITIAL_FPU)
+        if present & 1:
+            image[:24], image[32:160] = xsave[:24], xsave[32:160]
+        if present & 2:
+            image[160:416] = xsave[160:416]
+        image[24:28] = xsave[24:28]  # MXCSR is there in any case
+        lib.kvmaio_soft_set_fpu(self.handle, bytes(image))
+
+    def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
+        """Say what the guest's CPUID instruction tells."""
+        self.cpuid = tuple(entries)
+        table = ffi.new("struct kvmaio_soft_cpuid[]", len(entries))
+        for slot, entry in enumerate(entries):
+            table[slot].function, table[slot].index = entry.function, entry.index
+            table[slot].has_index = entry.flags & 1
+            for name in ("eax", "ebx", "ecx", "edx"):
+                setattr(table[slot], name, getattr(entry, name))
+        if lib.kvmaio_soft_set_cpuid(self.handle, table, len(entries)):
+            raise ConfigurationError(f"{len(entries)} CPUID entries are too many")
+
+    def own_cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX and EDX as the engine itself would answer."""
+        entry = ffi.new("struct kvmaio_soft_cpuid *", {"function": function, "index": index})
+        lib.kvmaio_soft_own_cpuid(self.handle, entry)
+        return entry.eax, entry.ebx, entry.ecx, entry.edx
+
+    def enable_xcr0(self) -> None:
+        """Set XCR0 to x87 and SSE: there is no AVX."""
+        lib.kvmaio_soft_set_xcr0(self.handle, _X87_SSE)
+
+    def wait_for_sipi(self) -> None:
+        """Nothing: only a model with a local APIC of its own is asked to."""
+
+    def start(self) -> None:
+        """Nothing, as above."""
+
+    def interrupt(self, vector: int) -> None:
+        lib.kvmaio_soft_interrupt(self.handle, vector)
+
+    def nmi(self) -> None:
+        lib.kvmaio_soft_nmi(self.handle)
+
+    def translate(self, linear: int) -> int | None:
+        """The guest-physical address behind a linear one, or None where there is none."""
+        physical: int = lib.kvmaio_soft_translate(self.handle, linear)
+        return None if physical == (1 << 64) - 1 else physical
+
+    # ---- debugging -----------------------------------------------------------------
+
+    def set_breakpoints(self, addresses: Sequence[int]) -> None:
+        """Linear addresses where an entry ends with a `DebugEventExit`, before the instruction."""
+        table = ffi.new("uint64_t[]", list(addresses))
+        if lib.kvmaio_soft_set_breakpoints(self.handle, table, len(addresses)):
+            raise ConfigurationError(f"{len(addresses)} breakpoints are too many")
+
+    # ---- what KVM batches, and this model does not ------------------------------------
+
+    def has_posted(self) -> bool:
+        return False
+
+    def posted(self) -> Iterator[PostedWrite]:
+        return iter(())
+
+    def ring_doorbells(self) -> bool:
+        return False
+
+    # ---- the end --------------------------------------------------------------------
+
+    def dump(self) -> str:
+        return format_state(self.read_state())
+
+    def close(self) -> None:
+        with self._lock:
+            handle, self.handle = self.handle, None
+        if handle is None:
+            return
+        error = lib.kvmaio_soft_stop(handle, LEAVE_LIMIT_NS)
+        if error:
+            raise HostError("pthread_join", -error, "the software CPU does not stop")
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+        lib.kvmaio_soft_destroy(handle)
+        self.page = None
+
+
+# FCW and MXCSR after reset (SDM vol. 1, 8.1.5 and 10.2.3.1).
+_INITIAL_FPU = struct.pack("<H22xI484x", 0x37F, 0x1F80)

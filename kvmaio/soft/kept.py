@@ -1,0 +1,72 @@
+"""`Kept`: the state of another CPU model that the software CPU cannot hold."""
+
+from __future__ import annotations
+
+import attrs
+
+from ..cpu import CpuState
+from .msrs import MSRS
+
+__all__ = ["Kept"]
+
+_LEGACY = 576  # the XSAVE area's x87 and SSE part, and its header
+_XSTATE_BV = slice(512, 520)
+_X87_SSE = 0b11
+
+
+class Kept:
+    """What was written to the CPU and is not in it; `give_back()` puts it into what is read.
+
+    YMM and further vector state, XCR0's bits for it, MSRs, the local APIC of KVM's.
+    """
+
+    def __init__(self) -> None:
+        self._xsave: bytes | None = None
+        self._components = 0
+        self._xcr0 = 0
+        self._msrs: dict[int, int] = {}
+        self._lapic: bytes | None = None
+        self._reported = ""
+
+    def keep(self, state: CpuState) -> str:
+        """Remember it; returns what to report, nothing if that has been said before."""
+        self._xsave, self._components = None, 0
+        if state.xsave is not None:
+            present = int.from_bytes(state.xsave[_XSTATE_BV], "little")
+            self._components = present & ~_X87_SSE
+            if self._components:
+                self._xsave = state.xsave
+        self._xcr0 = state.xcrs.get(0, 0) & ~_X87_SSE
+        self._msrs = {index: value for index, value in state.msrs.items() if index not in MSRS}
+        self._lapic = state.lapic
+        report = self._describe()
+        if report == self._reported:
+            return ""
+        self._reported = report
+        return report
+
+    def _describe(self) -> str:
+        parts = []
+        if self._components:
+            names = [str(bit) for bit in range(2, 64) if self._components >> bit & 1]
+            parts.append(f"XSAVE components {', '.join(names)}")
+        if self._lapic is not None:
+            parts.append("the local APIC")
+        if any(self._msrs.values()):
+            names = [f"{index:#x}" for index, value in sorted(self._msrs.items()) if value]
+            parts.append(f"MSRs {', '.join(names)}")
+        return "; ".join(parts)
+
+    def give_back(self, state: CpuState) -> CpuState:
+        """`state` with what was kept."""
+        xsave = state.xsave
+        if self._xsave is not None and xsave is not None:
+            present = int.from_bytes(xsave[_XSTATE_BV], "little") | self._components
+            header = present.to_bytes(8, "little") + self._xsave[520:_LEGACY]
+            xsave = xsave[:512] + header + self._xsave[_LEGACY:]
+        xcrs = dict(state.xcrs)
+        if 0 in xcrs:
+            xcrs[0] |= self._xcr0
+        return attrs.evolve(
+            state, xsave=xsave, xcrs=xcrs, msrs=self._msrs | state.msrs, lapic=self._lapic
+        )
