@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PYTEST ?=
 BIN := .venv/bin
-NATIVE := $(wildcard kvmaio/kvm/*.c kvmaio/kvm/*.h kvmaio/kvm/build_native.py)
+NATIVE := $(wildcard kvmaio/kvm/*.[ch] kvmaio/kvm/build_native.py kvmaio/soft/*.[ch] kvmaio/soft/build_soft.py)
 INSTALLED := .venv/kvmaio-installed
 
 .PHONY: venv demo test lint test-svm clean
@@ -45,5 +45,5 @@ test-svm: venv
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
-	rm -f kvmaio/kvm/_native*.so
+	rm -f kvmaio/kvm/_native*.so kvmaio/soft/_soft*.so
 	find kvmaio devices tests tools examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -213,6 +213,13 @@ class CpuModel(Protocol):
     def finish(self) -> EntryResult:
         """Block until the entry that `begin()` began is over."""
 
+    @property
+    def instructions(self) -> int | None:
+        """Guest instructions since the last reset; None where that is unknown."""
+
+    def recount(self, count: int | None) -> None:
+        """The guest is where it had executed `count` instructions; 0 after a reset."""
+
     def is_waiting(self) -> bool:
         """Does the guest wait inside of the model, halted or for a start-up IPI?"""
 

@@ -71,7 +71,7 @@ class Entry:
         self._host_factor = host_factor
         hz = getattr(model, "host_hz", HOST_HZ)  # a model's own clock, where it has one
         self._milli_cycles_per_us = int(hz * host_factor) // 1000
-        self._counts = hasattr(model, "instructions")
+        self._counts = model.instructions is not None
         self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
@@ -288,8 +288,7 @@ class Entry:
 
     def recount(self, count: int | None) -> None:
         """The guest is where it had executed `count` instructions; 0 after a reset."""
-        if self._counts:
-            self.model.instruction_stop.reset(count or 0)
+        self.model.recount(count)
         if self.events is not None:
             self.events.resume_at(count)
 

@@ -110,6 +110,4 @@ def choose(irqchip: str | None = None) -> str:
     no_soft = why_not()
     if no_soft is None:
         return "soft"
-    raise ConfigurationError(
-        f"no CPU model is usable here. KVM: {no_kvm}. Software CPU: {no_soft}"
-    )
+    raise ConfigurationError(f"no CPU model is usable here. KVM: {no_kvm}. Software CPU: {no_soft}")

@@ -233,7 +233,10 @@ class Service:
     def _internal_error(self) -> None:
         exit_ = self._vcpu.last_exit()
         assert isinstance(exit_, InternalErrorExit)
-        what = "KVM cannot emulate an instruction" if exit_.suberror == 1 else "KVM internal error"
+        who = "KVM" if self._vcpu.model.kind == "kvm" else "the software CPU"
+        what = f"{who} cannot emulate an instruction"
+        if exit_.suberror != 1:
+            what = f"{who}: internal error"
         code = exit_.instruction
         where = f": bytes {code.hex(' ')}" if code else ""
         raise EmulationFailure(

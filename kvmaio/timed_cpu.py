@@ -258,6 +258,13 @@ class TimedCpu:
 
     # ---- the rest is the model's -----------------------------------------------------
 
+    @property
+    def instructions(self) -> int | None:
+        return self.model.instructions
+
+    def recount(self, count: int | None) -> None:
+        self.model.recount(count)
+
     def is_waiting(self) -> bool:
         return self.model.is_waiting()
 

@@ -1,7 +1,8 @@
 """Pytest plugin: says at the end which CPU models were tested, and what was skipped and why.
 
-A test counts for a CPU model if it passed and was marked `kvm` or `soft`, was
-parametrised with `cpu="kvm"` or `"soft"`, or a fixture recorded it:
+A test counts for a CPU model if it passed and was marked `kvm` or `soft` (without the
+fixture `kvmaio_cpu`, which chooses the model), was parametrised with `cpu="kvm"` or
+`"soft"`, or a fixture recorded it:
 `request.node.user_properties.append(("cpu_model", "kvm"))`.
 
 Marked tests are skipped where their CPU model cannot run. `--must-run` makes a
@@ -63,7 +64,9 @@ def declared_models(item: pytest.Item) -> set[str]:
     """The CPU models a test names by marker or by parameter."""
     callspec = getattr(item, "callspec", None)
     parameters = callspec.params.values() if callspec else ()
-    named = {marker.name for marker in item.iter_markers()}
+    # With the fixture, the machine runs on what there is, whatever else the test needs.
+    chooses = "kvmaio_cpu" in getattr(item, "fixturenames", ())
+    named = set() if chooses else {marker.name for marker in item.iter_markers()}
     named.update(value for value in parameters if isinstance(value, str))
     return named.intersection(CPU_MODELS)
 

@@ -272,6 +272,13 @@ class ScriptedCpu:
     def nmi(self) -> None:
         self.log.append("nmi")
 
+    @property
+    def instructions(self) -> int | None:
+        return None
+
+    def recount(self, count: int | None) -> None:
+        pass
+
     def is_waiting(self) -> bool:
         return False
 

@@ -185,6 +185,13 @@ class KvmCpu:
         timeout_ns = self._began_limit_ns + LEAVE_LIMIT_NS
         return self._result(lib.kvmaio_vcpu_finish(self.handle, timeout_ns))
 
+    @property
+    def instructions(self) -> int | None:
+        return None  # `kvmaio.instruction_events` counts, where somebody waits
+
+    def recount(self, count: int | None) -> None:
+        pass
+
     def is_waiting(self) -> bool:
         return self.has_lapic and state.get_mp_state(self.fd) != lib.KVM_MP_STATE_RUNNABLE
 

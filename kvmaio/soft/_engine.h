@@ -33,10 +33,12 @@ struct segment {
 };
 
 struct registers {
-	uint64_t general[16], rip, rflags; /* without the arithmetic flags and DF */
-	uint64_t cc_dst, cc_src, cc_src2;
-	uint32_t cc_op;
-	int32_t direction;
+	uint64_t general[16], rip, rflags;
+	struct flags {
+		uint64_t result, source, source2; /* of the last operation, */
+		uint32_t operation;               /* which this one was */
+		int32_t direction;
+	} flags; /* while it executes; else they are in rflags */
 	uint32_t hflags, hflags2;
 	struct segment segments[6], ldt, tr, gdt, idt;
 	uint64_t cr[5];
@@ -49,6 +51,7 @@ struct registers {
 #define HFLAG_CS64 (1u << 15)
 #define HFLAG_SMAP (1u << 23)
 #define HFLAG2_NMI (1u << 2) /* NMIs are blocked */
+#define HFLAG2_OWN_CR8 (1u << 3) /* CR8 is in the CPU, and not in an APIC */
 
 #define RFLAGS_TF 0x100u
 #define RFLAGS_IF 0x200u
@@ -94,6 +97,7 @@ struct registers {
 	X(void, cpu_x86_cpuid, (void *, uint32_t, uint32_t, uint32_t *, uint32_t *,         \
 				uint32_t *, uint32_t *))                                    \
 	X(void, helper_xsetbv, (void *, uint32_t, uint64_t))                                \
+	X(void, helper_write_crN, (void *, int, uint64_t))                                  \
 	X(uint64_t, qemu_ram_addr_from_host, (uc_engine *, void *))                         \
 	X(void, tb_invalidate_phys_range, (uc_engine *, uint64_t, uint64_t))
 
@@ -106,7 +110,8 @@ struct library {
 	INSIDE(DECLARE)
 #undef DECLARE
 	size_t state_offset; /* of an engine's registers from its CPU */
-	size_t xcr0_offset, fault_offset, debug_offset, old_exception_offset; /* within these */
+	size_t xcr0_offset, cr8_offset, fault_offset, debug_offset; /* within these */
+	size_t old_exception_offset;
 };
 
 extern struct library kvmaio_library;
@@ -120,6 +125,10 @@ struct region {
 	uint64_t base, size;
 	uint8_t *host;
 	int readonly;
+};
+
+struct chunk {
+	uint64_t base, end;
 };
 
 struct kvmaio_soft_machine {
@@ -175,6 +184,8 @@ struct cpu {
 	uc_engine *engine;
 	void *engine_cpu;
 	struct registers *registers;
+	struct chunk *chunks; /* that have become MMIO */
+	int chunk_count;
 	uc_hook step_hook;
 	int hooked_for_counting;
 
@@ -183,6 +194,7 @@ struct cpu {
 	uint64_t left; /* instructions, or blocks, that may still be executed */
 	uint64_t slice; /* `left` at the slice's beginning */
 	int64_t slice_began_ns;
+	struct flags flags; /* when it began */
 	int counted;  /* it was taken from `left`, and is given back if it is not executed */
 	union attention attention;
 	enum stop stop;
@@ -233,6 +245,11 @@ static inline uint64_t *field64(const struct cpu *cpu, size_t offset)
 	return (uint64_t *)((uint8_t *)cpu->registers + offset);
 }
 
+static inline uint8_t *cr8(const struct cpu *cpu)
+{
+	return (uint8_t *)cpu->registers + kvmaio_library.cr8_offset;
+}
+
 static inline uint64_t efer(const struct cpu *cpu)
 {
 	return *field64(cpu, EFER_OFFSET);
@@ -257,6 +274,7 @@ void kvmaio_forget_accesses(struct cpu *cpu);
 /* _memory.c */
 int kvmaio_linear(struct cpu *cpu, uint64_t linear, void *data, size_t size, int write);
 int kvmaio_map_all(struct cpu *cpu);
+int kvmaio_map_mmio(struct cpu *cpu, uint64_t address, uint64_t size);
 
 /* _deliver.c: 0, or -1 for a triple fault. */
 int kvmaio_deliver(struct cpu *cpu, int vector, int software, int has_error, uint32_t error);

@@ -16,6 +16,18 @@ void kvmaio_give_back(struct cpu *cpu)
 	cpu->pc = NOWHERE;
 }
 
+#define OPERATION_NONE 1 /* the flags are in `source` as they are */
+
+/* Leaving an instruction, the engine puts back which operation its flags came from. But port
+ * I/O has computed them from that, and left them as they are. */
+static void restore_flags(struct cpu *cpu, int is_port)
+{
+	if (cpu->hooked_for_counting)
+		cpu->registers->flags = cpu->flags;
+	else if (is_port)
+		cpu->registers->flags.operation = OPERATION_NONE;
+}
+
 /* ---- between instructions -------------------------------------------------------- */
 
 /* Is there a repeated string instruction? The engine executes it element by element. */
@@ -95,7 +107,7 @@ static int look(struct cpu *cpu, uint64_t address)
 	if (cpu->restarting) {
 		cpu->restarting = 0;
 		cpu->used = 0;
-		return again;
+		return 0;
 	}
 	if (own & LOOK_ACCESSES)
 		kvmaio_forget_accesses(cpu);
@@ -105,8 +117,10 @@ static int look(struct cpu *cpu, uint64_t address)
 			kvmaio_give_back(cpu);
 		return stop_here(cpu, STOP_BOUNDARY);
 	}
-	if (again)
+	if (again) {
+		cpu->flags = cpu->registers->flags;
 		return 1; /* counted as a whole, when it began */
+	}
 	if (!cpu->left)
 		return stop_here(cpu, STOP_BOUNDARY);
 	if ((own & LOOK_BREAKPOINTS) && is_breakpoint(cpu, address))
@@ -123,6 +137,7 @@ static void on_step(uc_engine *engine, uint64_t address, uint32_t size, void *us
 	    look(cpu, address))
 		return;
 	cpu->pc = address;
+	cpu->flags = cpu->registers->flags;
 	cpu->left--;
 	cpu->counted = 1;
 }
@@ -130,9 +145,10 @@ static void on_step(uc_engine *engine, uint64_t address, uint32_t size, void *us
 /* ---- accesses -------------------------------------------------------------------- */
 
 /* Leave the instruction under way as if it had not begun. */
-static void __attribute__((noreturn)) leave(struct cpu *cpu, enum stop stop)
+static void __attribute__((noreturn)) leave(struct cpu *cpu, enum stop stop, int is_port)
 {
 	kvmaio_give_back(cpu);
+	restore_flags(cpu, is_port);
 	cpu->stop = stop;
 	uc(uc_emu_stop, cpu->engine);
 	uc(cpu_loop_exit, cpu->engine_cpu);
@@ -161,12 +177,12 @@ static struct access *answered(struct cpu *cpu, enum access_kind kind, uint64_t 
 		cpu->access_count = cpu->used; /* it takes another way now */
 	}
 	if (cpu->access_count == MOST_ACCESSES)
-		leave(cpu, STOP_ERROR);
+		leave(cpu, STOP_ERROR, 0);
 	cpu->accesses[cpu->access_count++] = (struct access){ kind, size, address, data };
 	cpu->access_rip = rip;
 	cpu->pending = 1;
 	cpu->attention.own |= LOOK_ACCESSES;
-	leave(cpu, STOP_ACCESS);
+	leave(cpu, STOP_ACCESS, kind == PORT_READ || kind == PORT_WRITE);
 }
 
 static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *user)
@@ -243,11 +259,15 @@ void kvmaio_on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uin
 
 /* ---- instructions of our own ----------------------------------------------------- */
 
+#define SINGLE_STEP 1 /* the only exception behind an instruction that changes flags */
+
 static void on_exception(uc_engine *engine, uint32_t vector, void *user)
 {
 	struct cpu *cpu = user;
 	(void)engine;
 	cpu->vector = (int)vector;
+	if (vector != SINGLE_STEP)
+		restore_flags(cpu, 0);
 	stop_here(cpu, STOP_EXCEPTION);
 }
 
@@ -256,6 +276,7 @@ static bool on_invalid(uc_engine *engine, void *user)
 	struct cpu *cpu = user;
 	(void)engine;
 	cpu->vector = 6;
+	restore_flags(cpu, 0);
 	cpu->stop = STOP_EXCEPTION;
 	return false;
 }

@@ -121,6 +121,15 @@ static const char *find_fields(uc_engine *engine)
 	kvmaio_library.old_exception_offset = kvmaio_library.debug_offset + 64 + 32;
 
 	static uint64_t before[STATE_SIZE / 8];
+	registers->hflags2 |= HFLAG2_OWN_CR8;
+	uc(helper_write_crN, state, 8, 5);
+	memcpy(before, state, sizeof before);
+	uc(helper_write_crN, state, 8, 10);
+	for (size_t at = EFER_OFFSET; at < STATE_SIZE; at++)
+		if (((uint8_t *)before)[at] == 5 && state[at] == 10)
+			kvmaio_library.cr8_offset = at;
+	if (!kvmaio_library.cr8_offset)
+		return "CR8 is elsewhere";
 	registers->cr[4] |= 1u << 18; /* OSXSAVE, or it would fault */
 	uc(helper_xsetbv, state, 0, 1);
 	memcpy(before, state, sizeof before);

@@ -23,11 +23,15 @@ void kvmaio_end_turn(kvmaio_soft_machine *machine)
 		syscall(SYS_futex, &machine->serving, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
-/* ---- regions ---------------------------------------------------------------------
+/* ---- memory and MMIO -------------------------------------------------------------
  *
- * What is not memory is an MMIO region to the engine, without any permission: an
- * access then reaches our hook before anything has happened.
+ * What is not memory is nothing to the engine, until it is accessed. Then the
+ * surroundings become MMIO without any permission, so that each access reaches our
+ * hook before anything has happened, and may go on once there is an answer.
  */
+
+#define CHUNK (2ull << 20)
+#define MOST_CHUNKS 4096 /* a guest that scans for memory begins anew */
 
 kvmaio_soft_machine *kvmaio_soft_machine_create(void)
 {
@@ -39,75 +43,84 @@ void kvmaio_soft_machine_destroy(kvmaio_soft_machine *machine)
 	free(machine);
 }
 
-static int map_mmio(struct cpu *cpu, uint64_t base, uint64_t size)
+static void drop_chunk(struct cpu *cpu, int index)
 {
-	if (!size)
-		return 0;
-	uc_err error = uc(uc_mmio_map, cpu->engine, base, size, kvmaio_on_mmio_read, cpu,
-			  kvmaio_on_mmio_write, cpu);
-	if (!error)
-		error = uc(uc_mem_protect, cpu->engine, base, size, UC_PROT_NONE);
-	return error ? -EINVAL : 0;
+	const struct chunk *chunk = &cpu->chunks[index];
+	uc(uc_mem_unmap, cpu->engine, chunk->base, chunk->end - chunk->base);
+	cpu->chunks[index] = cpu->chunks[--cpu->chunk_count];
+}
+
+static int map_chunk(struct cpu *cpu, uint64_t address)
+{
+	const kvmaio_soft_machine *machine = cpu->machine;
+	uint64_t base = address & ~(CHUNK - 1), end = base + CHUNK;
+	for (int i = 0; i < cpu->chunk_count; i++)
+		if (address >= cpu->chunks[i].base && address < cpu->chunks[i].end)
+			return 0;
+	for (int i = 0; i < machine->region_count; i++) {
+		const struct region *region = &machine->regions[i];
+		const uint64_t region_end = region->base + region->size;
+		if (address >= region->base && address < region_end)
+			return 0;
+		if (region_end <= address && region_end > base)
+			base = region_end;
+		if (region->base > address && region->base < end)
+			end = region->base;
+	}
+	if (!cpu->chunks)
+		cpu->chunks = malloc(MOST_CHUNKS * sizeof *cpu->chunks);
+	if (!cpu->chunks)
+		return -ENOMEM;
+	while (cpu->chunk_count == MOST_CHUNKS)
+		drop_chunk(cpu, 0);
+	if (uc(uc_mmio_map, cpu->engine, base, end - base, kvmaio_on_mmio_read, cpu,
+	       kvmaio_on_mmio_write, cpu) ||
+	    uc(uc_mem_protect, cpu->engine, base, end - base, UC_PROT_NONE))
+		return -EINVAL;
+	cpu->chunks[cpu->chunk_count++] = (struct chunk){ base, end };
+	return 0;
+}
+
+int kvmaio_map_mmio(struct cpu *cpu, uint64_t address, uint64_t size)
+{
+	int error = map_chunk(cpu, address);
+	return error ? error : map_chunk(cpu, address + size - 1);
 }
 
 static int map_region(struct cpu *cpu, const struct region *region)
 {
-	uint32_t permissions = region->readonly ? UC_PROT_READ | UC_PROT_EXEC : UC_PROT_ALL;
+	const uint32_t permissions = region->readonly ? UC_PROT_READ | UC_PROT_EXEC : UC_PROT_ALL;
+	for (int i = cpu->chunk_count - 1; i >= 0; i--)
+		if (cpu->chunks[i].base < region->base + region->size &&
+		    cpu->chunks[i].end > region->base)
+			drop_chunk(cpu, i);
 	return uc(uc_mem_map_ptr, cpu->engine, region->base, region->size, permissions,
 		  region->host)
 		       ? -EINVAL
 		       : 0;
 }
 
-/* The regions are in order, so that what lies between them is known. */
 int kvmaio_map_all(struct cpu *cpu)
 {
-	uint64_t at = 0;
 	int error = 0;
-	for (int i = 0; i < cpu->machine->region_count && !error; i++) {
-		const struct region *region = &cpu->machine->regions[i];
-		error = map_mmio(cpu, at, region->base - at);
-		if (!error)
-			error = map_region(cpu, region);
-		at = region->base + region->size;
-	}
-	return error ? error : map_mmio(cpu, at, PHYSICAL_END - at);
-}
-
-/* The gap around what is to become, or was, region `index`. */
-static void gap_around(const kvmaio_soft_machine *machine, int before, int behind, uint64_t *base,
-		       uint64_t *end)
-{
-	*base = before < 0 ? 0 : machine->regions[before].base + machine->regions[before].size;
-	*end = behind < machine->region_count ? machine->regions[behind].base : PHYSICAL_END;
+	for (int i = 0; i < cpu->machine->region_count && !error; i++)
+		error = map_region(cpu, &cpu->machine->regions[i]);
+	return error;
 }
 
 int kvmaio_soft_add_memory(kvmaio_soft_machine *machine, uint64_t base, uint64_t size, void *host,
 			   int readonly)
 {
-	int at = 0, error = 0;
-	uint64_t gap, gap_end;
+	int error = 0;
 	if (machine->region_count == MOST_REGIONS)
 		return -ENOSPC;
-	while (at < machine->region_count && machine->regions[at].base < base)
-		at++;
-	gap_around(machine, at - 1, at, &gap, &gap_end);
-	if (base % GUEST_PAGE || size % GUEST_PAGE || base < gap || base + size > gap_end)
+	if (base % GUEST_PAGE || size % GUEST_PAGE || base + size > PHYSICAL_END)
 		return -EINVAL;
 	kvmaio_take_turn(machine);
-	memmove(&machine->regions[at + 1], &machine->regions[at],
-		(machine->region_count - at) * sizeof(struct region));
-	machine->regions[at] = (struct region){ base, size, host, readonly };
-	machine->region_count++;
+	struct region *region = &machine->regions[machine->region_count++];
+	*region = (struct region){ base, size, host, readonly };
 	for (struct cpu *cpu = machine->cpus; cpu && !error; cpu = cpu->next) {
-		if (uc(uc_mem_unmap, cpu->engine, gap, gap_end - gap))
-			error = -EINVAL;
-		if (!error)
-			error = map_mmio(cpu, gap, base - gap);
-		if (!error)
-			error = map_region(cpu, &machine->regions[at]);
-		if (!error)
-			error = map_mmio(cpu, base + size, gap_end - base - size);
+		error = map_region(cpu, region);
 		cpu->flush = 1;
 	}
 	kvmaio_end_turn(machine);
@@ -116,31 +129,19 @@ int kvmaio_soft_add_memory(kvmaio_soft_machine *machine, uint64_t base, uint64_t
 
 int kvmaio_soft_remove_memory(kvmaio_soft_machine *machine, uint64_t base)
 {
-	int at = 0, error = 0;
-	uint64_t gap, gap_end;
+	int at = 0;
 	while (at < machine->region_count && machine->regions[at].base != base)
 		at++;
 	if (at == machine->region_count)
 		return -EINVAL;
 	kvmaio_take_turn(machine);
-	const struct region gone = machine->regions[at];
-	gap_around(machine, at - 1, at + 1, &gap, &gap_end);
-	machine->region_count--;
-	memmove(&machine->regions[at], &machine->regions[at + 1],
-		(machine->region_count - at) * sizeof(struct region));
-	for (struct cpu *cpu = machine->cpus; cpu && !error; cpu = cpu->next) {
-		/* One region at a time: the engine does not take several away at once. */
-		if (gone.base > gap)
-			uc(uc_mem_unmap, cpu->engine, gap, gone.base - gap);
-		uc(uc_mem_unmap, cpu->engine, gone.base, gone.size);
-		if (gap_end > gone.base + gone.size)
-			uc(uc_mem_unmap, cpu->engine, gone.base + gone.size,
-			   gap_end - gone.base - gone.size);
-		error = map_mmio(cpu, gap, gap_end - gap);
+	for (struct cpu *cpu = machine->cpus; cpu; cpu = cpu->next) {
+		uc(uc_mem_unmap, cpu->engine, base, machine->regions[at].size);
 		cpu->flush = 1;
 	}
+	machine->regions[at] = machine->regions[--machine->region_count];
 	kvmaio_end_turn(machine);
-	return error;
+	return 0;
 }
 
 #define FEW_PAGES (64 * GUEST_PAGE) /* beyond, forgetting everything is cheaper */

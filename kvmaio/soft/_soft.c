@@ -41,6 +41,15 @@ static int exits(struct cpu *cpu, uint32_t reason)
 	return KVMAIO_SOFT_EXIT;
 }
 
+/* As KVM, where it cannot fetch or emulate an instruction; it reports no bytes. */
+static int gave_up(struct cpu *cpu)
+{
+	struct kvm_run *page = cpu->public.page;
+	page->internal.suberror = KVM_INTERNAL_ERROR_EMULATION;
+	page->internal.ndata = 0;
+	return exits(cpu, KVM_EXIT_INTERNAL_ERROR);
+}
+
 static int exit_for_access(struct cpu *cpu)
 {
 	struct kvm_run *page = cpu->public.page;
@@ -54,6 +63,8 @@ static int exit_for_access(struct cpu *cpu)
 		memcpy((uint8_t *)page + GUEST_PAGE, &access->data, 8);
 		return exits(cpu, KVM_EXIT_IO);
 	}
+	if (kvmaio_map_mmio(cpu, access->address, access->size) < 0)
+		return gave_up(cpu);
 	page->mmio.phys_addr = access->address;
 	page->mmio.len = access->size;
 	page->mmio.is_write = access->kind == MEMORY_WRITE;
@@ -77,15 +88,6 @@ static void take_answer(struct cpu *cpu)
 	cpu->pending = 0;
 	cpu->restarting = 1;
 	cpu->attention.own |= LOOK_ACCESSES;
-}
-
-static int gave_up(struct cpu *cpu, uc_err error)
-{
-	struct kvm_run *page = cpu->public.page;
-	page->internal.suberror = KVMAIO_SOFT_GAVE_UP;
-	page->internal.ndata = 1;
-	page->internal.data[0] = error;
-	return exits(cpu, KVM_EXIT_INTERNAL_ERROR);
 }
 
 static int hit_breakpoint(struct cpu *cpu)
@@ -124,7 +126,7 @@ static int start_engine(struct cpu *cpu)
 	switch (cpu->stop) {
 	case STOP_NOT:
 		if (gave != UC_ERR_OK)
-			return gave_up(cpu, gave);
+			return gave_up(cpu);
 		cpu->pc = NOWHERE;
 		return exits(cpu, KVM_EXIT_HLT);
 	case STOP_BOUNDARY:
@@ -144,9 +146,18 @@ static int start_engine(struct cpu *cpu)
 		return hit_breakpoint(cpu);
 	case STOP_ERROR:
 		kvmaio_give_back(cpu);
-		return gave_up(cpu, gave);
+		return gave_up(cpu);
 	}
 	return error < 0 ? exits(cpu, KVM_EXIT_SHUTDOWN) : GO_ON;
+}
+
+/* Look between instructions whether the time of what waits has come. */
+static void watch_for_events(struct cpu *cpu)
+{
+	cpu->attention.own &= ~LOOK_INTERRUPT;
+	if (cpu->nmi_pending || cpu->interrupt >= 0 || cpu->exception.vector >= 0 ||
+	    cpu->public.page->request_interrupt_window)
+		cpu->attention.own |= LOOK_INTERRUPT;
 }
 
 /* What is due between two instructions. */
@@ -154,8 +165,10 @@ static int between(struct cpu *cpu)
 {
 	struct kvm_run *page = cpu->public.page;
 	int error = 0;
-	if (cpu->restarting)
-		return GO_ON; /* not between: within one */
+	if (cpu->restarting) { /* not between: within one */
+		watch_for_events(cpu);
+		return GO_ON;
+	}
 	if (cpu->half || atomic_load(&cpu->kicked) >= cpu->public.run_id)
 		return KVMAIO_SOFT_INTERRUPTED;
 	if (cpu->remaining >= 0 && (uint64_t)cpu->remaining <= cpu->slice - cpu->left)
@@ -179,9 +192,7 @@ static int between(struct cpu *cpu)
 	}
 	if (error < 0)
 		return exits(cpu, KVM_EXIT_SHUTDOWN);
-	const int wait = cpu->nmi_pending || cpu->interrupt >= 0 || page->request_interrupt_window;
-	cpu->attention.own &= ~LOOK_INTERRUPT;
-	cpu->attention.own |= wait ? LOOK_INTERRUPT : 0;
+	watch_for_events(cpu);
 	return GO_ON;
 }
 
@@ -216,6 +227,7 @@ static int slice(struct cpu *cpu)
 static void prepare(struct cpu *cpu)
 {
 	take_answer(cpu);
+	*cr8(cpu) = cpu->public.page->cr8 & 15; /* as KVM does, at each entry */
 	/* Where a stop must be exact, every instruction is looked at. */
 	const int exact = cpu->public.counting || cpu->remaining >= 0 ||
 			  (cpu->half && cpu->restarting);
@@ -233,6 +245,7 @@ static void prepare(struct cpu *cpu)
 static void tell_page(struct cpu *cpu)
 {
 	struct kvm_run *page = cpu->public.page;
+	page->cr8 = *cr8(cpu);
 	page->if_flag = !!(cpu->registers->rflags & RFLAGS_IF);
 	page->ready_for_interrupt_injection = takes_interrupts(cpu) && cpu->interrupt < 0;
 }
@@ -409,6 +422,7 @@ static int open_engine(struct cpu *cpu)
 	if (!cpu->engine_cpu)
 		return -EINVAL;
 	cpu->registers = (void *)((uint8_t *)cpu->engine_cpu + kvmaio_library.state_offset);
+	cpu->registers->hflags2 |= HFLAG2_OWN_CR8;
 	int error = kvmaio_map_all(cpu);
 	if (!error)
 		error = kvmaio_add_hooks(cpu);
@@ -458,5 +472,6 @@ void kvmaio_soft_destroy(kvmaio_soft *public)
 		munmap(public->page, PAGES);
 	if (public->arrived_fd >= 0)
 		close(public->arrived_fd);
+	free(cpu->chunks);
 	free(cpu);
 }

@@ -20,9 +20,6 @@ enum kvmaio_soft_outcome {
 	KVMAIO_SOFT_LATER = 3,       /* the run goes on: on the loop's thread, or on its own */
 };
 
-/* KVM_EXIT_INTERNAL_ERROR's suberror where Unicorn gave up; data[0] is its uc_err. */
-#define KVMAIO_SOFT_GAVE_UP 0x736f6674u
-
 /* ---- libunicorn ----------------------------------------------------------------- */
 
 /* Load the library and find what we need of it, once per process. 0, or -1 with the

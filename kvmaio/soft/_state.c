@@ -1,28 +1,21 @@
 /* The engine's registers in the kernel's structures, and back. */
 #include "_engine.h"
 
-#define CC_OP_EFLAGS 1 /* the arithmetic flags are in cc_src as they are */
-#define ARITHMETIC 0x8d5u /* O, S, Z, A, P, C */
-
 /* kvm_regs has the encoding's order but for these. */
 static const int GENERAL[16] = { RAX, RBX, RCX, RDX, RSI, RDI, RSP, RBP,
 				 8, 9, 10, 11, 12, 13, 14, 15 };
 
+/* The engine keeps the arithmetic flags and DF elsewhere while it executes only. */
 uint64_t kvmaio_rflags(struct cpu *cpu)
 {
-	uint64_t value = 0;
-	uc(uc_reg_read, cpu->engine, UC_X86_REG_RFLAGS, &value);
-	return value | 2;
+	return cpu->registers->rflags | 2;
 }
 
 /* Also recomputes what the engine derives from flags, segments and control registers. */
 void kvmaio_set_rflags(struct cpu *cpu, uint64_t value)
 {
 	struct registers *registers = cpu->registers;
-	registers->cc_src = value & ARITHMETIC;
-	registers->cc_op = CC_OP_EFLAGS;
-	registers->direction = value & RFLAGS_DF ? -1 : 1;
-	registers->rflags = (value & ~(uint64_t)(ARITHMETIC | RFLAGS_DF)) | 2;
+	registers->rflags = value | 2;
 	registers->hflags &= ~HFLAG_SMAP;
 	if (registers->cr[4] & CR4_SMAP)
 		registers->hflags |= HFLAG_SMAP;

@@ -19,7 +19,6 @@ DECLARATIONS = """
 #define KVMAIO_SOFT_INTERRUPTED ...
 #define KVMAIO_SOFT_LIMIT ...
 #define KVMAIO_SOFT_LATER ...
-#define KVMAIO_SOFT_GAVE_UP ...
 int kvmaio_soft_load(const char *path, char *message, size_t size);
 typedef struct kvmaio_soft_machine kvmaio_soft_machine;
 kvmaio_soft_machine *kvmaio_soft_machine_create(void);
@@ -30,7 +29,8 @@ int kvmaio_soft_remove_memory(kvmaio_soft_machine *machine, uint64_t base);
 void kvmaio_soft_memory_written(kvmaio_soft_machine *machine, uint64_t address, uint64_t size);
 struct kvmaio_soft_cpuid { uint32_t function, index, has_index, eax, ebx, ecx, edx; };
 typedef struct kvmaio_soft {
-    struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns; int counting, outcome, yielded;
+    struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns;
+    int counting, outcome, yielded;
     uint64_t run_id, ticks, tsc_offset, exits, slices, deliveries;
 } kvmaio_soft;
 int kvmaio_soft_create(kvmaio_soft_machine *machine, kvmaio_soft **out);

@@ -74,6 +74,7 @@ class SoftCpu:
         self._machine = machine
         self._loop = asyncio.get_running_loop()
         out = ffi.new("kvmaio_soft **")
+        assert machine.handle is not None
         error = lib.kvmaio_soft_create(machine.handle, out)
         if error:
             raise HostError("uc_open", -error, "the software CPU could not be made")
@@ -196,8 +197,10 @@ class SoftCpu:
 
     @property
     def instructions(self) -> int | None:
-        """Executed since it was made or last reset; None if it has run uncounted."""
         return None if self._uncounted else self.instruction_stop.counted
+
+    def recount(self, count: int | None) -> None:
+        self.instruction_stop.reset(count or 0)
 
     @property
     def counting(self) -> bool:

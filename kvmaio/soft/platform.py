@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cpu import CpuModel
 from ..errors import ConfigurationError, HostError
@@ -11,9 +11,12 @@ from ..kvm import cpuid
 from ..kvm.cpuid import CpuidEntry
 from ..kvm.saving import get_cpuid_tables, set_cpuid_tables
 from ..memory import GuestMemory, MemoryRegion
+from ._soft import ffi, lib
 from .cpu import SoftCpu
 from .library import load
-from ._soft import ffi, lib
+
+if TYPE_CHECKING:
+    from ..kvm._native import CData
 
 __all__ = ["SoftMachine", "SoftPlatform"]
 
@@ -27,7 +30,7 @@ class SoftMachine:
     """What the software CPUs of a machine share: its memory, and their turns."""
 
     def __init__(self) -> None:
-        self.handle = lib.kvmaio_soft_machine_create()
+        self.handle: CData | None = lib.kvmaio_soft_machine_create()
         self._views: dict[int, Any] = {}  # base -> what keeps the region's memory in place
 
     def attach_memory(self, memory: GuestMemory) -> None:

@@ -85,7 +85,7 @@ async def test_a_native_vcpu_is_charged_its_threads_cpu_time(boot):
     assert 0 < exit_.ticks <= passed_ns
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 @needs_events
 async def test_a_native_vcpu_is_charged_the_cycles_that_were_counted(boot, monkeypatch):
     """A stand-in: the task clock in the place of the PMU's cycles, on a host of "500 MHz"."""
@@ -100,7 +100,7 @@ async def test_a_native_vcpu_is_charged_the_cycles_that_were_counted(boot, monke
     assert exit_.ticks == counted * 2
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_a_guest_that_waits_within_kvm_is_not_charged(boot):
     """For real: HLT with KVM's own interrupt controllers waits inside of KVM_RUN."""
     machine = boot("hlt", irqchip="kernel")
@@ -113,7 +113,7 @@ async def test_a_guest_that_waits_within_kvm_is_not_charged(boot):
     assert exit_.ticks < passed_ns // 2
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_a_resident_vcpu_is_charged_the_time_inside(boot):
     """For real: CLOCK_MONOTONIC around KVM_RUN, which costs the hot path no system call."""
     machine = boot("again: out 0x10, al", "jmp again")

@@ -76,7 +76,7 @@ async def test_goes_on_in_another_machine(pair):
         await run
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_save_restore_save_is_identical(pair):
     """Bit for bit, as no vCPU is entered between: what drifts is handed out as it was."""
     one, other = pair()

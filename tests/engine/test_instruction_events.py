@@ -107,7 +107,7 @@ async def test_a_halt_counts_and_halts(boot):
     assert (vcpu.context.rip, vcpu.stats.numHalt, vcpu.stats.numInsts) == (0x1002, 1, 2)
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_an_event_fires_once_and_the_guest_is_free_again(boot):
     machine = boot("mov cx, 1000", "again: dec cx", "jnz again", "hlt")
     (vcpu,) = machine.vcpus
@@ -141,7 +141,7 @@ async def test_several_wait(boot):
     assert order == [("b", 3, 2), ("a", 7, 4), ("c", 7, 4)]
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_a_cancelled_wait_is_forgotten(boot):
     machine = boot("again: inc ax", "jmp again")
     (vcpu,) = machine.vcpus
@@ -169,7 +169,7 @@ async def test_what_is_reached_returns_at_once(boot):
     assert (vcpu.stats.numVMExits, vcpu.context.rip) == (exits, 0x1002)
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_from_now(boot):
     """A guest that has run uncounted: no count since its reset, but any count from here."""
     machine = boot("nop", "in al, 0x10", "nop", "nop", "nop", "hlt")
@@ -340,7 +340,7 @@ async def test_an_in_kernel_irqchip_is_refused_elsewhere(boot):
 # ---- modes -------------------------------------------------------------------------------
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 @host_only(pvm=True, why="VMX and SVM step in every mode")
 async def test_native_code_is_refused_on_pvm(boot):
     machine = boot("nop", "hlt", mode="user64")
@@ -377,7 +377,7 @@ async def test_close_cancels_who_waits(boot):
     assert waits.cancelled()
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_a_stop_between_is_no_loss(boot):
     machine = boot("again: inc ax", "jmp again")
     (vcpu,) = machine.vcpus

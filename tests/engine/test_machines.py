@@ -132,7 +132,7 @@ async def test_overlapping_devices_name_both(machine):
         machine.attach(Diary(), mmio=0x1000)
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_a_device_that_could_not_be_attached_leaves_nothing(boot):
     """An interrupt line that does not exist is found before anything is wired."""
     machine = boot("hlt", irqchip="kernel")
@@ -205,7 +205,7 @@ async def test_a_register_value_that_does_not_fit(boot):
         assert await machine.run() == Halted()
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_registers_that_contradict_each_other(boot):
     """Paging without protection: KVM_SET_SREGS2 refuses, and the machine can be put right."""
     machine = boot("hlt")

@@ -36,7 +36,7 @@ async def test_kvm_run_0_completes_a_pending_read_and_nothing_else(boot):
     assert vcpu.stats.numVMHalfEntries == halves + 1
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_kvm_run_n_may_run_more_than_asked(boot):
     machine = boot(*SPIN)
     (vcpu,) = machine.vcpus
@@ -95,7 +95,7 @@ async def test_host_factor_2_halves_the_armed_host_time():
     assert vcpu.model.limits == [500_000, vcpu.model.resolution_ns, None]
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_get_host_cycles_time_advances_without_perf(boot):
     machine = boot(*SPIN)
     (vcpu,) = machine.vcpus
@@ -105,7 +105,7 @@ async def test_get_host_cycles_time_advances_without_perf(boot):
     assert vcpu.stats.numCycles >= exit_.ticks * 2  # at 2 GHz; and the idle time before
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_ioctl_run_efault_is_a_typed_error(boot):
     """The host takes a page of the guest's memory away."""
     machine = boot("mov ebx, 7", "mov eax, [0x300000]", "hlt", mode="user64", memory="4M")
@@ -133,7 +133,7 @@ async def test_ioctl_run_efault_is_a_typed_error(boot):
     assert vcpu.context.rax == 0x55
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_ioctl_run_eintr_is_normal_and_eagain_of_an_application_processor(boot):
     """The application processor waits for its SIPI, and can be kicked while it does."""
     machine = boot(*SPIN, vcpus=2)
@@ -155,7 +155,7 @@ def blocked_signals(thread):
     return int(mask, 16)
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_signal_mask_the_vcpu_thread_blocks_the_kick_signal(boot):
     before = set(os.listdir("/proc/self/task"))
     machine = boot("hlt")

@@ -120,7 +120,7 @@ def interrupt_gate(handler):
     )
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 @pytest.mark.parametrize("when", ["before the first entry", "in a handler", "while it halts"])
 async def test_interrupts_through_kvms_own_local_apic(boot, assembler, when):
     """KVM gives no interrupt window then, and needs none."""
@@ -272,7 +272,7 @@ async def test_application_processors_wait_again_after_a_second_load(boot, assem
 
 
 @pytest.mark.kvm
-async def test_cr8_and_apic_base_are_carried_in_and_out(boot):
+async def test_cr8_and_apic_base_are_carried_in_and_out(boot, kvmaio_cpu):
     machine = boot(
         *("mov rax, cr8", "out 0x10, al", "mov eax, 3", "mov cr8, rax", "out 0x10, al"),
         *("mov ecx, 0x1b", "rdmsr", "hlt"),
@@ -287,7 +287,9 @@ async def test_cr8_and_apic_base_are_carried_in_and_out(boot):
         assert await machine.run() == Halted()
     assert device.entries == [("write", 0, 1, 9), ("write", 0, 1, 3)]
     assert vcpu.context.cr8 == 3
-    assert vcpu.context.rax & 0xFFFF_F000 == vcpu.context.apic_base & 0xFFFF_F000 == 0xFEE0_0000
+    assert vcpu.context.apic_base & 0xFFFF_F000 == 0xFEE0_0000
+    if kvmaio_cpu == "kvm":  # the software CPU's RDMSR knows of no APIC
+        assert vcpu.context.rax & 0xFFFF_F000 == 0xFEE0_0000
 
 
 # ---- State pushed --------------------------------------------------------------------------------

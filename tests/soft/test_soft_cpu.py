@@ -1,0 +1,198 @@
+"""The software CPU: what is its own. What every model must do is in tests/engine."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+import kvmaio
+from kvmaio import Device, Exited, Halted, Machine, Shutdown
+from kvmaio.boot import Flat
+from kvmaio.devices import DebugExit
+from kvmaio.exits import DebugEventExit, HaltExit, InterruptedExit, IoExit, MmioExit
+from kvmaio.soft.cpu import SoftCpu
+from tests.assembler import assemble
+from tests.engine.support import deadline
+
+pytestmark = pytest.mark.soft
+
+
+class Window(Device):
+    """Keeps what is written, and answers reads by their offset."""
+
+    size = 0x1000
+
+    def __init__(self) -> None:
+        self.log: list[tuple[object, ...]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        self.log.append(("read", offset, size))
+        return 0x8877_6655_4433_2211 & ((1 << 8 * size) - 1)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.log.append(("write", offset, size, value))
+
+
+def load(machine: Machine, *lines: str, mode: str = "real16") -> None:
+    machine.load(Flat(assemble(lines, mode, 0x1000), 0x1000, mode))  # type: ignore[arg-type]
+
+
+# ---- accesses ------------------------------------------------------------------------------------
+
+AT = 0xD000_0000
+
+
+@pytest.mark.parametrize(
+    ("line", "log"),
+    [
+        ("mov eax, [rbx + 8]", [("read", 8, 4)]),
+        ("mov rax, [rbx + 0x31]", [("read", 0x31, 8)]),
+        ("mov [rbx + 0x10], ax", [("write", 0x10, 2, 0x99)]),
+        ("mov [rbx + 0x13], eax", [("write", 0x13, 4, 0x99)]),
+        ("add dword ptr [rbx], 1", [("read", 0, 4), ("write", 0, 4, 0x4433_2212)]),
+        ("lock xadd [rbx], al", [("read", 0, 1), ("write", 0, 1, 0xAA)]),
+        ("movups [rbx], xmm0", [("write", 0, 8, 0), ("write", 8, 8, 0)]),
+        ("movups xmm0, [rbx]", [("read", 0, 8), ("read", 8, 8)]),
+        ("push [rbx]", [("read", 0, 8)]),
+        ("rep stosw", [("write", 0, 2, 0x99), ("write", 2, 2, 0x99), ("write", 4, 2, 0x99)]),
+        ("rep movsb", [("read", 0x800 + i, 1) for i in range(3)]),
+    ],
+)
+async def test_an_instruction_counts_once_however_often_it_accesses(line, log):
+    async with Machine(cpu="soft") as machine:
+        window = machine.attach(Window(), mmio=AT)
+        load(
+            machine,
+            *(f"mov rbx, {AT}", f"mov rdi, {AT}", f"mov rsi, {AT + 0x800}", "mov ecx, 3"),
+            *("mov eax, 0x99", *(["mov edi, 0x5000"] if "movsb" in line else ["nop"])),
+            *(line, "hlt"),
+            mode="long64",
+        )
+        async with deadline():
+            assert await machine.run() == Halted()
+        assert window.log == log
+        assert machine.vcpus[0].stats.numInsts == 8
+
+
+async def test_a_half_entry_completes_the_access_and_no_more():
+    async with Machine(cpu="soft") as machine:
+        load(machine, "in al, 0x10", "inc bx", "hlt")
+        (vcpu,) = machine.vcpus
+        async with deadline():
+            assert type(await vcpu.run()) is IoExit
+            vcpu.model.io_words[1][vcpu.model.page.io.data_offset] = 0x5A
+            assert type(await vcpu.run(0)) is InterruptedExit
+        context = vcpu.context
+        assert (context.rax, context.rbx, context.rip) == (0x5A, 0, 0x1002)
+
+
+async def test_the_host_changes_code_that_was_executed():
+    async with Machine(cpu="soft") as machine:
+        load(machine, "mov al, 1", "out 0xf4, al", "jmp $ - 4")
+        machine.attach(DebugExit(), pio=0xF4)
+        async with deadline():
+            assert await machine.run() == Exited(3)
+            machine.memory.write(0x1001, b"\x02")
+            assert await machine.run() == Exited(5)
+
+
+async def test_memory_comes_and_goes_where_there_was_mmio():
+    async with Machine(cpu="soft", memory="1M") as machine:
+        load(machine, "mov eax, [0x200000]", "out 0x10, eax", "jmp 0x1000", mode="prot32")
+        (vcpu,) = machine.vcpus
+        async with deadline():
+            assert type(await vcpu.run()) is MmioExit
+            region = machine.memory.add_ram(0x200000, 0x1000)
+            machine.memory.write(0x200000, b"RAM!")
+            exit_ = await vcpu.run()
+            assert isinstance(exit_, IoExit) and exit_.data == b"RAM!"
+            machine.memory.remove(region)
+            assert type(await vcpu.run()) is MmioExit
+
+
+# ---- exact counts --------------------------------------------------------------------------------
+
+BUSY = (
+    *("mov cx, 9", "again: mov si, 0x2000", "mov di, 0x3000", "mov bp, cx", "mov cx, 5"),
+    *("rep movsb", "mov cx, bp", "xor [0x2003], dx", "add dx, [0x3000]", "rol dx, 3"),
+    *("in al, 0x10", "add dl, al", "out 0x11, al", "loop again", "hlt"),
+)
+
+
+async def chunked(chunk):
+    """Run to the halt in runs of `chunk()` nanoseconds, which are instructions."""
+    async with Machine(cpu="soft") as machine:
+        load(machine, *BUSY)
+        (vcpu,) = machine.vcpus
+        exits = 0
+        async with deadline(30):
+            while type(exit_ := await vcpu.run(chunk())) is not HaltExit:
+                if isinstance(exit_, IoExit):
+                    exits += 1
+                    if not exit_.is_write:
+                        vcpu.model.io_words[1][vcpu.model.page.io.data_offset] = exits & 0xFF
+        digest = hashlib.sha256(machine.memory.read(0, 0x10000)).hexdigest()
+        return vcpu.dump(), vcpu.stats.numInsts, exits, digest
+
+
+async def test_chunks_of_any_size_are_the_same_run():
+    numbers = random.Random(6)
+    whole = await chunked(lambda: None)
+    assert whole[1:3] == (119, 18)
+    assert await chunked(lambda: 1) == whole
+    assert await chunked(lambda: numbers.randint(1, 9)) == whole
+
+
+async def test_ticks_are_instructions_by_the_clock():
+    async with Machine(cpu="soft", clock_hz=3_000_000_000) as machine:
+        load(machine, "again: inc ax", "jmp again")
+        (vcpu,) = machine.vcpus
+        async with deadline():
+            ticks = [(await vcpu.run(1)).ticks for _ in range(9)]
+        assert sum(ticks) == 9 and vcpu.stats.numInsts == 27
+
+
+# ---- exceptions and interrupts -------------------------------------------------------------------
+
+
+async def test_a_triple_fault_shuts_down():
+    async with Machine(cpu="soft") as machine:
+        load(machine, "ud2", mode="long64")
+        async with deadline():
+            assert isinstance(await machine.run(), Shutdown)
+
+
+async def test_breakpoints():
+    async with Machine(cpu="soft") as machine:
+        load(machine, "again: inc ax", "inc bx", "jmp again")
+        (vcpu,) = machine.vcpus
+        assert isinstance(vcpu.model, SoftCpu)
+        vcpu.model.set_breakpoints([0x1001])
+        async with deadline():
+            for turn in (1, 2, 3):
+                exit_ = await vcpu.run()
+                assert isinstance(exit_, DebugEventExit) and exit_.pc == 0x1001
+                assert (vcpu.context.rax, vcpu.context.rbx) == (turn, turn - 1)
+
+
+# ---- the library ---------------------------------------------------------------------------------
+
+
+def test_the_stub_names_what_there_is():
+    from kvmaio.soft._soft import lib
+
+    stub = Path(kvmaio.__file__).parent / "soft" / "_soft.pyi"
+    declared = set(re.findall(r"^    (?:def )?(\w+)[(:]", stub.read_text(), re.MULTILINE))
+    assert declared == set(dir(lib))
+
+
+def test_a_library_that_is_no_unicorn_is_refused(tmp_path):
+    from kvmaio.soft._soft import ffi, lib
+
+    message = ffi.new("char[256]")
+    if lib.kvmaio_soft_load(b"/nowhere/libunicorn.so.2", message, 256):
+        assert b"cannot open" in ffi.string(message)
