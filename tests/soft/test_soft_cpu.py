@@ -38,7 +38,7 @@ class Window(Device):
 
 
 def load(machine: Machine, *lines: str, mode: str = "real16") -> None:
-    machine.load(Flat(assemble(lines, mode, 0x1000), 0x1000, mode))  # type: ignore[arg-type]
+    machine.load(Flat(assemble(lines, mode, 0x1000), 0x1000, mode))
 
 
 # ---- accesses ------------------------------------------------------------------------------------
