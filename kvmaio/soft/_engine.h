@@ -147,7 +147,7 @@ uint8_t *kvmaio_host_address(kvmaio_soft_machine *machine, uint64_t address, siz
 
 #define MOST_ACCESSES 160 /* of one instruction: FXRSTOR from a device has the most */
 #define MOST_BREAKPOINTS 64
-#define MOST_CPUID 64
+#define MOST_CPUID 256
 
 enum access_kind { PORT_READ, PORT_WRITE, MEMORY_READ, MEMORY_WRITE };
 

@@ -78,7 +78,7 @@ class SoftPlatform:
     """See `kvmaio.platform.Platform`."""
 
     kind = "soft"
-    host_kind = "soft"
+    host_kind = None
 
     def __init__(self, irqchip: str | None, clock_hz: int) -> None:
         if irqchip in ("kernel", "split"):
