@@ -266,11 +266,10 @@ async def test_device_goes_on_with_its_alarm(boot):
         ticker.alarm.arm(machine.clock.now_ns + 1_000_000)
         await until(lambda: ticker.ticks == 3)
         saved = await machine.checkpoint()
-        at, next_ns = ticker.ticks, ticker.alarm.deadline_ns
-        assert next_ns is not None
+        at = saved.devices[ticker.name].registers["ticks"]
         await until(lambda: ticker.ticks > at + 5)
         await machine.restore(saved)
-        assert (ticker.ticks, ticker.seen[-1]) == (at, next_ns - 1_000_000)
+        assert len(ticker.seen) == ticker.ticks == at
         await until(lambda: ticker.ticks >= at + 3)
         # By guest time, none is missing and none is twice.
         assert [b - a for a, b in zip(ticker.seen, ticker.seen[1:], strict=False)] == [
