@@ -1,5 +1,6 @@
 # make demo   a guest and an async device, nothing else needed
 # make test   the tests           make lint       ruff and mypy --strict
+# make docs   the documentation as a site, in site/
 # make venv   only .venv          make test-svm   the KVM tests under a mainstream kvm_amd
 # make clean  removes what the others made
 # Further arguments for pytest: make test PYTEST="-k uart -x"
@@ -10,7 +11,7 @@ BIN := .venv/bin
 NATIVE := $(wildcard kvmaio/kvm/*.[ch] kvmaio/kvm/build_native.py kvmaio/soft/*.[ch] kvmaio/soft/build_soft.py)
 INSTALLED := .venv/kvmaio-installed
 
-.PHONY: venv demo test lint test-svm clean
+.PHONY: venv demo test lint docs test-svm clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED)
@@ -37,6 +38,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # The emulated machine is slow, so each test gets ten times the usual 60 s.
 test-svm: venv
 	tools/svmlab setup
@@ -44,6 +49,6 @@ test-svm: venv
 	    $(BIN)/pytest -m "kvm and not slow" --timeout 600 $(PYTEST)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	rm -f kvmaio/kvm/_native*.so kvmaio/soft/_soft*.so
 	find kvmaio devices tests tools examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -6,12 +6,15 @@ import ast
 import asyncio
 import inspect
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,7 +35,7 @@ def runner():
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, capsys, runner):
     """Blocks of one page share their names; a text block right after one is what it prints."""
     names: dict[str, object] = {"__name__": page.stem}
@@ -54,16 +57,32 @@ def test_python_blocks_run(page, capsys, runner):
             test()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files_exist(page):
     """Paths in backquotes, as `devices/uart16550.py`."""
     paths = re.findall(
         r"`((?:devices|docs|examples|kvmaio|tests|tools)/[\w./-]+)`", page.read_text()
     )
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs does")
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "reference/machine/index.html").read_text()
+    assert "Run every vCPU until the guest or somebody else ends the run." in page
+
+
+def test_every_page_is_in_the_contents():
+    listed = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
+    assert [page for page in pages if page not in listed] == []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import termios
 
 import pytest
 
 from kvmaio import Halted
 from kvmaio.devices import CountdownTimer
 from tests.engine.support import deadline
-from tests.test_cli import ECHO, KVMAIO, Terminal, prints
+from tests.test_cli import ECHO, KVMAIO, SPIN, Terminal, prints
 
 
 async def fetch(port: int) -> str:
@@ -63,6 +64,18 @@ def test_the_live_view_shows_rates_and_the_console(tmp_path):
         os.write(terminal.fd, b"!")
         assert terminal.wait() == 0
         assert b"exits/s" in terminal.shown and b"wall clock" in terminal.shown
+
+
+@pytest.mark.kvm
+def test_ctrl_c_ends_the_live_view_and_restores_the_terminal(tmp_path):
+    guest = tmp_path / "guest.bin"
+    guest.write_bytes(prints(b">", SPIN))
+    with Terminal("run", str(guest), "--live") as terminal:
+        terminal.expect(b"accesses/s")
+        os.write(terminal.fd, b"\x03")
+        terminal.expect(b"\x1b[?25h")  # the cursor is shown again
+        assert terminal.wait() == 130
+        assert termios.tcgetattr(terminal.fd) == terminal.before
 
 
 @pytest.mark.kvm

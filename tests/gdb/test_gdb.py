@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
+import termios
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,7 +17,7 @@ from kvmaio.checkpoint import Checkpoint
 from kvmaio.gdb.packets import INTERRUPT, PacketStream
 from kvmaio.testing import BenchMachine
 from tests.engine.support import deadline, is_pvm
-from tests.test_cli import KVMAIO, TIME_LIMIT_S
+from tests.test_cli import KVMAIO, TIME_LIMIT_S, Terminal
 
 pytestmark = pytest.mark.kvm
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb (package gdb)")
@@ -164,6 +166,15 @@ def test_the_command_waits_for_gdb(tmp_path):
         )
         assert "$1 = 0x2" in result.stdout and "exited with code 07" in result.stdout
         assert process.wait(TIME_LIMIT_S) == 7
+
+
+def test_ctrl_c_ends_the_wait_for_gdb(tmp_path):
+    (tmp_path / "guest.bin").write_bytes(b"\xf4")
+    with Terminal("run", str(tmp_path / "guest.bin"), "--gdb", "0") as terminal:
+        terminal.expect(b"waiting for gdb")
+        os.write(terminal.fd, b"\x03")
+        assert terminal.wait() == 130
+        assert termios.tcgetattr(terminal.fd) == terminal.before
 
 
 @pytest.mark.parametrize("where", ["x", "1:2:x", "70000", ""])
