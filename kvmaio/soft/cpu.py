@@ -91,6 +91,7 @@ class SoftCpu:
         self.mmio_word = ffi.cast("uint64_t *", self.page.mmio.data)
         self.instruction_stop = SoftStop(self)
         self.cpuid: tuple[CpuidEntry, ...] = ()
+        lib.kvmaio_soft_set_fpu(self.handle, _INITIAL_FPU)
         self._kept = Kept()
         self._arrival = Arrival(self._loop)
         self._inside = False

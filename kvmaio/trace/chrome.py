@@ -43,8 +43,9 @@ class ChromeTrace:
 
     One track for each vCPU (what it executed, its stalls and interrupts), each device
     (its accesses, with values) and each interrupt line. Memory does not grow with the
-    trace. A file is valid JSON after each write, even if the process is then killed; a
-    pipe gets its closing bracket at the end, which viewers do not need.
+    trace. A file is valid JSON after each write; only a process that is killed within one
+    leaves a last event cut short, which viewers ignore. A pipe gets its closing bracket at
+    the end, and viewers can do without.
 
     Args:
         path: the file; it is emptied first.

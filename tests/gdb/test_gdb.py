@@ -22,10 +22,15 @@ from tests.test_cli import KVMAIO, TIME_LIMIT_S, Terminal
 pytestmark = pytest.mark.kvm
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb (package gdb)")
 
-STEPS_ONLY = pytest.mark.skipif(
-    is_pvm, reason="PVM runs 64-bit user mode natively, and cannot step there"
-)
-MODES = ["real16", "prot32", "long64", pytest.param("user64", marks=STEPS_ONLY)]
+MODES = ["real16", "prot32", "long64", "user64"]
+
+
+@pytest.fixture
+def steps(mode, kvmaio_cpu):
+    """The CPU model can single-step in this mode."""
+    if is_pvm and (mode, kvmaio_cpu) == ("user64", "kvm"):
+        pytest.skip("PVM runs 64-bit user mode natively, and cannot step there")
+
 
 COUNTS = (
     *("mov ecx, 3", "mov ebx, 0x2000", "again: inc byte ptr [{b}]", "nop", "dec ecx"),
@@ -59,7 +64,7 @@ def found(text, pattern):
 
 @needs_gdb
 @pytest.mark.parametrize("mode", MODES)
-async def test_gdb_looks_and_changes(boot, mode):
+async def test_gdb_looks_and_changes(boot, mode, steps):
     machine = counts(boot, mode)
     async with deadline(40), machine.gdb(port=0) as server:
         running = asyncio.create_task(machine.run())
@@ -84,7 +89,7 @@ async def test_gdb_looks_and_changes(boot, mode):
 
 @needs_gdb
 @pytest.mark.parametrize("mode", MODES)
-async def test_gdb_stops_at_breakpoints_and_watchpoints(boot, mode):
+async def test_gdb_stops_at_breakpoints_and_watchpoints(boot, mode, steps):
     machine = counts(boot, mode)
     nop = {"real16": 0x100E, "prot32": 0x100C, "long64": 0x100C}.get(mode, 0x100C)
     async with deadline(40), machine.gdb(port=0) as server:
@@ -123,6 +128,21 @@ async def test_gdb_sees_how_a_guest_ends(boot):
             await running
     assert "SIGABRT" in text and "kvmaio: UnmappedAccess: " in text, text
     assert found(text, r"^\$1 = (.*)$") == ["0x7"]
+
+
+async def test_where_nothing_can_stop_the_guest_gdb_is_told(boot, kvmaio_cpu):
+    if not is_pvm or kvmaio_cpu != "kvm":
+        pytest.skip("only PVM in 64-bit user mode can neither step nor stop")
+    machine = counts(boot, "user64")
+    async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
+        running = asyncio.create_task(machine.run())
+        client.stream.send("vCont;s:1")
+        told = await client.reply()
+        assert told[0] == "O" and b"natively" in bytes.fromhex(told[1:])
+        assert await client.reply() == "T05thread:1;"
+        assert machine.vcpus[0].context.rip == 0x1000  # it has not moved
+        client.stream.send("D")
+        assert await running == Exited(3)
 
 
 @needs_gdb
@@ -270,7 +290,7 @@ async def test_cancelling_run_while_gdb_has_the_guest(boot):
 
 
 async def test_vcpus_are_threads(boot):
-    machine = boot("again: inc ebx", "jmp again", vcpus=2, irqchip="kernel")
+    machine = boot("again: inc ebx", "jmp again", vcpus=2)
     async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
         running = asyncio.create_task(machine.run())
         assert await client.ask("qfThreadInfo") == "m1,2"
