@@ -176,7 +176,9 @@ class Machine(Board):
         except BaseException:
             self._close_cpus()
             platform.close()
+            self.memory.close()
             self._closed = True
+            await self._close_devices()
             raise
         self._platform = platform
         forbid_in_child(self)
@@ -349,14 +351,14 @@ class Machine(Board):
         if self._cpuid is None and not (self._has_run or any(v.was_stepped for v in self.vcpus)):
             self._cpuid_in_force = state.cpuid
             platform.set_cpuid(state.cpuid)
-        if state.xcr0:
-            platform.enable_xcr0()
         for vcpu in self.vcpus[1:]:
             if self._chips:
                 vcpu.init()
             else:
                 vcpu.reset_registers()
         self.vcpus[0].load(state.context)
+        if state.xcr0:
+            platform.enable_xcr0()
         return state
 
     # ---- running ---------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .exits import (
     Stopped,
     SystemEventExit,
 )
-from .suspension import Suspended, drive
+from .suspension import Suspended, a_number, drive
 
 if TYPE_CHECKING:
     from .cpu import CpuModel
@@ -148,7 +148,7 @@ class Service:
         value = self._pio.begin_read(io.port, size)
         if not isinstance(value, int):
             value = drive(value)
-            if isinstance(value, Suspended):
+            if not isinstance(value, int):
                 return self._store(value, words, first, _MASKS[size])
         words[first] = value & _MASKS[size]
         return None
@@ -165,7 +165,7 @@ class Service:
             else:
                 value = self._pio.begin_read(port, size)
                 if not isinstance(value, int):
-                    value = await value
+                    value = a_number(await value)
                 if self._vcpu.is_closed:
                     return
                 words[index] = value & _MASKS[size]
@@ -180,13 +180,13 @@ class Service:
         value = self._mmio.begin_read(mmio.phys_addr, size)
         if not isinstance(value, int):
             value = drive(value)
-            if isinstance(value, Suspended):
+            if not isinstance(value, int):
                 return self._store(value, self._mmio_word, 0, _MASKS[size])
         self._mmio_word[0] = value & _MASKS[size]
         return None
 
     async def _store(self, rest: Suspended[int], words: Any, index: int, mask: int) -> None:
-        value = await rest
+        value = a_number(await rest if isinstance(rest, Suspended) else rest)
         if not self._vcpu.is_closed:  # a handler may take its time to be cancelled
             words[index] = value & mask
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Generator
 from types import CoroutineType
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Suspended", "drive", "foreign_cancellation", "is_own_cancellation"]
+__all__ = ["Suspended", "a_number", "drive", "foreign_cancellation", "is_own_cancellation"]
 
 T = TypeVar("T")
 
@@ -41,12 +41,25 @@ def drive(awaitable: Awaitable[T]) -> T | Suspended[T]:
     Called within a task, the awaitable runs as a part of that task.
     """
     # A coroutine is its own iterator, but for the name; asking it for one takes longer.
-    rest: Any = awaitable if isinstance(awaitable, CoroutineType) else awaitable.__await__()
+    rest: Any = awaitable if isinstance(awaitable, CoroutineType) else _awaited(awaitable)
     try:
         waiting_for = rest.send(None)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     return Suspended(rest, waiting_for)
+
+
+def a_number(value: object) -> int:
+    """What a handler of reads gave, if it can be an answer."""
+    if not isinstance(value, int):
+        raise TypeError(f"a read handler gave {value!r}; it must return the value that is read")
+    return value
+
+
+def _awaited(awaitable: Awaitable[Any]) -> Any:
+    if not hasattr(awaitable, "__await__"):
+        raise TypeError(f"a handler gave {awaitable!r}: neither a number nor something to await")
+    return awaitable.__await__()
 
 
 def is_own_cancellation() -> bool:

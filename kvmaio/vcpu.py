@@ -191,6 +191,7 @@ class VCpu:
         self._drain_error: Exception | None = None
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._restored: CpuState | None = None  # and not entered since
+        self._pristine: CpuState | None = None  # as after power-on
 
     # ---- what users see -----------------------------------------------------------
 
@@ -479,6 +480,10 @@ class VCpu:
         self._restored = None
         self._exit_due = self._begun = False
         self._entry.abandon_access()
+        if self._pristine is not None:
+            self.model.write_state(self._pristine)  # FPU, MSRs: an earlier guest may have set them
+        elif not self.stats.numVMExits:
+            self._pristine = self.model.read_state()
         self._registers.replace(context)
         self._become_idle()
         self._fresh = True

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from ..bus import Target
-from ..suspension import Suspended, drive
+from ..suspension import Suspended, a_number, drive
 from ..vcpu import serving_vcpu
 from .records import AccessRecord, Record
 
@@ -47,7 +47,7 @@ def traced_target(
                 value = drive(value)
                 if isinstance(value, Suspended):
                     return finish_read(value, begun_ns, register)
-            value &= mask
+            value = a_number(value) & mask
         except BaseException:
             tell(begun_ns, register, False, None)
             raise
@@ -57,7 +57,7 @@ def traced_target(
     async def finish_read(rest: Suspended[int], begun_ns: int, register: str | None) -> int:
         value = None
         try:
-            value = await rest & mask
+            value = a_number(await rest) & mask
             return value
         finally:
             tell(begun_ns, register, False, value)

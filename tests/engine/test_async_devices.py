@@ -616,3 +616,24 @@ async def test_close_many_machines_leave_nothing(boot):
             await machine.close()
         assert (threads(), open_files()) == before
     gc.collect()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("style", ["plain", "async", "suspending"])
+async def test_read_handler_that_returns_nothing_is_told_so(boot, style):
+    class Forgetful(Device):
+        size = 1
+
+        def read(self, offset, size):
+            return None if style == "plain" else self.later()
+
+        async def later(self):
+            if style == "suspending":
+                await asyncio.sleep(0)
+
+    machine = boot("in al, 0x10", "hlt")
+    machine.attach(Forgetful(), pio=0x10)
+    async with deadline():
+        with pytest.raises(TypeError, match="handler gave None") as caught:
+            await machine.run()
+    assert "a read from pio 0x10" in caught.value.__notes__[0]

@@ -236,3 +236,28 @@ async def test_running_an_idle_vcpu_by_hand(boot):
     assert vcpu.state is VCpuState.IDLE
     with pytest.raises(ConfigurationError, match=r"cpu0 is idle; activate\(\) or wakeup\(\)"):
         await vcpu.run()
+
+
+@pytest.mark.kvm
+async def test_next_guest_finds_nothing_of_the_one_before(boot):
+    """Not only its registers: MSRs, debug registers and FPU too."""
+    dirty = boot(
+        *("mov eax, 0x12345678", "mov dr0, eax", "mov ecx, 0x174", "mov edx, 0", "wrmsr"),
+        "hlt",
+    )
+    cpu = dirty.vcpus[0]
+    async with deadline():
+        before = cpu.model.read_state()
+        await dirty.run()
+        used = cpu.model.read_state()
+        assert used.debug_registers[0] == 0x12345678
+        assert used.msrs[0x174] == 0x12345678
+        dirty.load(Flat(b"\xf4", 0x1000))
+        after = cpu.model.read_state()
+        assert after.debug_registers == before.debug_registers
+        assert after.xsave == before.xsave
+        clocks = {0x10, 0x6E0}  # time stamp counter, its deadline
+        assert {m: v for m, v in after.msrs.items() if m not in clocks} == {
+            m: v for m, v in before.msrs.items() if m not in clocks
+        }
+        assert await dirty.run() == Halted()
