@@ -160,7 +160,8 @@ async def test_a_guest_misses_an_interrupt(boot):
             assert await running == Halted()
     assert machine.vcpus[0].context.rbx & 0xFFFF == 2
     irqs = [r.level for r in records if isinstance(r, LineRecord) and r.source == "irq5"]
-    assert irqs.count(True) == 2 and timer.irq.edges == 3
+    # One was dropped; a further tick may come before the machine stops.
+    assert irqs.count(True) == timer.irq.edges - 1 >= 2
 
 
 async def test_what_cannot_be_at_fault(machine, sensor):
