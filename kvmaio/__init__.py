@@ -44,6 +44,7 @@ from .errors import (
     UnmappedAccess,
 )
 from .exits import EndRun, Exited, Halted, Outcome, Shutdown, Stopped, VmExit
+from .fields import Field, Fields
 from .irq import IrqLine
 from .loops import run
 from .machine import Machine
@@ -67,6 +68,8 @@ __all__ = [
     "EmulationFailure",
     "EndRun",
     "Exited",
+    "Field",
+    "Fields",
     "GuestError",
     "GuestMemory",
     "Halted",

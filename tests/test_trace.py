@@ -19,6 +19,7 @@ from kvmaio import Device, Exited, GuestError, Halted, Machine, Register
 from kvmaio.bus import Bus
 from kvmaio.devices import CountdownTimer
 from kvmaio.errors import ConfigurationError
+from kvmaio.pytest_plugin import why_not_soft
 from kvmaio.trace import (
     KINDS,
     AccessRecord,
@@ -176,6 +177,33 @@ async def test_a_drain_shows_and_time_may_be_set_back(boot, tmp_path):
     steps = [(r.source, r.step) for r in records if isinstance(r, DrainRecord)]
     assert steps == [("machine", "at rest"), ("machine", "goes on")]
     assert records[-1].time_ns < records[0].time_ns
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(why_not_soft() is not None, reason="the software CPU is not installed")
+async def test_a_trace_goes_on_with_another_cpu_model(boot):
+    machine = boot("in al, 0x80", "out 0x80, al", "in al, 0x80", "hlt", cpu="kvm", memory="1M")
+    plain = machine.attach(Plain(), pio=0x80, name="plain")
+    records: list = []
+    machine.trace(records.append, only="access,exit")
+
+    async def stop_in_the_middle():
+        await machine.vcpus[0].at_instruction(2)
+        machine.stop()
+
+    async with deadline():
+        stopping = asyncio.create_task(stop_in_the_middle())
+        await asyncio.sleep(0)
+        await machine.run()
+        await stopping
+        await machine.switch_cpu("soft")
+        plain.value = 5
+        assert await machine.run() == Halted()
+    accesses = [r for r in records if isinstance(r, AccessRecord)]
+    assert [(r.vcpu, r.is_write, r.value) for r in accesses] == [
+        *[("cpu0", False, 0), ("cpu0", True, 0), ("cpu0", False, 5)]
+    ]
+    assert [r.reason for r in records if isinstance(r, ExitRecord)][-2:] == ["IO", "HLT"]
 
 
 async def test_a_layer_stands_before_the_device_and_the_observer_before_it():
