@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from . import snapshot
+from .assist import Assist
 from .board import Board
 from .boot.faults import FaultFrame
 from .boot.image import BootState, Image
@@ -25,7 +26,7 @@ from .exits import Halted, Outcome, Shutdown, Stopped
 from .fork import forbid_in_child, fork
 from .irq import IrqLine
 from .memory import parse_size
-from .platform import Platform, choose, open_platform
+from .platform import Platform, can_assist, choose, open_platform
 from .service import HypercallHandler
 from .simulation import SimulationLoop
 from .stats import MachineStatistics
@@ -80,6 +81,8 @@ class Machine(Board):
         cpuid: ``"host"``, ``"emulator-safe"``, ``"common"``, a table, or None for what
             suits the loaded image.
         name: for messages and traces.
+        assist: with ``cpu="auto"``, instructions that KVM cannot emulate are executed by the
+            software CPU, where that is installed.
 
     Attributes:
         memory, pio, mmio, devices, lines: see `Board`.
@@ -103,6 +106,7 @@ class Machine(Board):
         clock_hz: int = 1_000_000_000,
         cpuid: Any = None,
         name: str | None = None,
+        assist: bool = True,
     ) -> None:
         if vcpus < 1:
             raise ConfigurationError(f"a machine with {vcpus} vCPUs: at least 1")
@@ -129,6 +133,7 @@ class Machine(Board):
         self._clock_hz = clock_hz
         self._cpuid = cpuid
         self._cpuid_in_force: Any = cpuid or "emulator-safe"
+        self._assist = assist and cpu == "auto"
         self._hypercall: HypercallHandler | None = None
         self._copies: list[Machine] = []
         self._is_copy = False
@@ -287,6 +292,8 @@ class Machine(Board):
         )
         self._tell_owner(model, vcpu)
         vcpu.on_hypercall(self._hypercall)
+        if self._assist and model.kind == "kvm" and can_assist():
+            vcpu.assist_with(Assist(vcpu, self.memory, self.pio, self.mmio))
         return vcpu
 
     # ---- wiring (what is the board's: board.py) ----------------------------------------

@@ -12,7 +12,7 @@ from .cpu import CpuModel
 from .errors import ConfigurationError
 from .memory import GuestMemory
 
-__all__ = ["Platform", "choose", "open_platform"]
+__all__ = ["Platform", "can_assist", "choose", "open_platform"]
 
 
 class Platform(Protocol):
@@ -111,3 +111,10 @@ def choose(irqchip: str | None = None) -> str:
     if no_soft is None:
         return "soft"
     raise ConfigurationError(f"no CPU model is usable here. KVM: {no_kvm}. Software CPU: {no_soft}")
+
+
+def can_assist() -> bool:
+    """Is the software CPU here, for what KVM cannot emulate?"""
+    from .soft.library import why_not
+
+    return why_not() is None

@@ -22,6 +22,7 @@ from .exits import (
 from .suspension import Suspended, a_number, drive
 
 if TYPE_CHECKING:
+    from .assist import Assist
     from .cpu import CpuModel
     from .vcpu import VCpu
 
@@ -41,6 +42,7 @@ class Service:
         self._pio = pio
         self._mmio = mmio
         self.hypercall: HypercallHandler | None = None
+        self.assist: Assist | None = None
         self.on_debug: Callable[[VCpu], None] | None = None
         self.use_model(vcpu.model)
         self._others: dict[int, Callable[[], Awaitable[None] | None]] = {
@@ -230,10 +232,15 @@ class Service:
             raise EndRun(Stopped("reset"))
         raise GuestError(f"the guest reported a system event of type {exit_.type} (3 is a crash)")
 
-    def _internal_error(self) -> None:
+    def _internal_error(self) -> Awaitable[None] | None:
         exit_ = self._vcpu.last_exit()
         assert isinstance(exit_, InternalErrorExit)
-        who = "KVM" if self._vcpu.model.kind == "kvm" else "the software CPU"
+        is_kvm = self._vcpu.model.kind == "kvm"
+        if exit_.suberror == 1 and is_kvm and self.assist is not None:
+            self._stats.numAssists += 1
+            self._vcpu.assist_begins()
+            return self.assist(exit_.instruction)
+        who = "KVM" if is_kvm else "the software CPU"
         what = f"{who} cannot emulate an instruction"
         if exit_.suberror != 1:
             what = f"{who}: internal error"
@@ -262,6 +269,11 @@ class Service:
 
     def _unexpected(self) -> None:
         raise GuestError(f"an exit that nothing answers: {self._vcpu.last_exit()}")
+
+    def close(self) -> None:
+        """With the vCPU. Idempotent."""
+        if self.assist is not None:
+            self.assist.close()
 
     # ---- reports ---------------------------------------------------------------------
 

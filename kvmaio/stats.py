@@ -68,6 +68,9 @@ class CpuStatistics(Statistics):
     numIO: int = stat("Count", "exits for port I/O")
     numHalt: int = stat("Count", "exits for HLT")
     numInterrupts: int = stat("Count", "interrupts and NMIs that the engine injected")
+    numAssists: int = stat(
+        "Count", "emulation failures of KVM's that the software CPU has executed"
+    )
     numHypercalls: int = stat("Count", "exits for hypercalls")
     ticksOvershot: int = stat(
         "Tick", "simulated time by which runs passed their ends; the next ones are shorter by it"

@@ -24,7 +24,7 @@ import asyncio
 import contextvars
 import enum
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
@@ -40,6 +40,9 @@ from .instruction_events import InstructionEvents, instruction_stop
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
 from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
+
+if TYPE_CHECKING:
+    from .assist import Assist
 
 __all__ = ["VCpu", "VCpuHooks", "VCpuOwner", "VCpuState", "current_vcpu", "serving_vcpu"]
 
@@ -693,6 +696,7 @@ class VCpu:
         if self._entry.events is not None:
             self._entry.events.close()
         self.model.close()
+        self._service.close()
 
     # ---- draining (gem5: drain, tryDrain, drainResume), see `drain.Participant` -----------
 
@@ -814,6 +818,16 @@ class VCpu:
         self._begun = True
         if self._state is not IDLE:
             self._state = COMPLETION
+
+    def assist_begins(self) -> None:
+        """Called by the service: the software CPU takes the model's registers, and edits them."""
+        self._begun = True
+        self._entry.push_registers()
+        self._registers.entered()
+
+    def assist_with(self, assist: Assist) -> None:
+        """Have what KVM cannot emulate executed by `assist`."""
+        self._service.assist = assist
 
     def hypercall_begins(self) -> None:
         """Called by the service: a hypercall goes to its handler."""

@@ -281,6 +281,22 @@ class KvmCpu:
         self.page.cr8 = saved.context.cr8
         self._page_has_registers = False
 
+    @property
+    def xsave_size(self) -> int:
+        """Bytes of the XSAVE area."""
+        return state.xsave_size(self._vm)
+
+    @property
+    def get_xsave(self) -> int:
+        """The request that fetches it."""
+        two: int = lib.KVM_GET_XSAVE2
+        return two if self._vm.capability(lib.KVM_CAP_XSAVE2) else int(lib.KVM_GET_XSAVE)
+
+    def registers_changed(self, cr8: int) -> None:
+        """Somebody has given KVM other registers."""
+        self.page.cr8 = cr8
+        self._page_has_registers = False
+
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
         """Say what the guest's CPUID instruction tells; before the first entry."""
         state.set_cpuid(self.fd, entries)

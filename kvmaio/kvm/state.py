@@ -54,6 +54,7 @@ __all__ = [
     "set_xcrs",
     "set_xsave",
     "xsave_components",
+    "xsave_size",
     "store",
 ]
 
@@ -94,13 +95,14 @@ def set_fpu(fd: int, fpu: bytes) -> None:
     _set(fd, "KVM_SET_FPU", lib.KVM_SET_FPU, "struct kvm_fpu *", fpu)
 
 
-def _xsave_size(vm: HasCapabilities) -> int:
+def xsave_size(vm: HasCapabilities) -> int:
+    """Bytes of the XSAVE area, all components included."""
     return max(vm.capability(lib.KVM_CAP_XSAVE2), XSAVE_SIZE)
 
 
 def get_xsave(vm: HasCapabilities, fd: int) -> bytes:
     """The XSAVE area in its standard (not compacted) format: x87, SSE, AVX and all the others."""
-    size = _xsave_size(vm)
+    size = xsave_size(vm)
     area = ffi.new("char[]", size)
     if vm.capability(lib.KVM_CAP_XSAVE2):
         check(lib.kvmaio_ioctl(fd, lib.KVM_GET_XSAVE2, area), "KVM_GET_XSAVE2")
@@ -112,7 +114,7 @@ def get_xsave(vm: HasCapabilities, fd: int) -> bytes:
 def set_xsave(vm: HasCapabilities, fd: int, xsave: bytes) -> None:
     """Put an XSAVE area; a shorter one leaves what follows in its initial state."""
     # KVM reads as many bytes as this host's area has, however long ours is.
-    area = ffi.new("char[]", max(len(xsave), _xsave_size(vm)))
+    area = ffi.new("char[]", max(len(xsave), xsave_size(vm)))
     ffi.memmove(area, xsave, len(xsave))
     check(lib.kvmaio_ioctl(fd, lib.KVM_SET_XSAVE, area), "KVM_SET_XSAVE")
 

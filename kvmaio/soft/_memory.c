@@ -279,3 +279,35 @@ uint64_t kvmaio_soft_translate(kvmaio_soft *public, uint64_t linear)
 	uint64_t physical;
 	return walk((struct cpu *)public, linear, 0, &physical) < 0 ? NOWHERE : physical;
 }
+
+#define LONGEST_INSTRUCTION 15
+
+static void forget_at(struct cpu *cpu, uint64_t linear)
+{
+	uint64_t physical;
+	uint8_t *host;
+	if (walk(cpu, linear, 0, &physical) < 0)
+		return;
+	host = kvmaio_host_address(cpu->machine, physical, 1, 0);
+	if (!host)
+		return;
+	const uint64_t at = uc(qemu_ram_addr_from_host, cpu->engine, host);
+	uc(tb_invalidate_phys_range, cpu->engine, at, at + 1);
+}
+
+void kvmaio_soft_forget(kvmaio_soft *public, int all)
+{
+	struct cpu *cpu = (struct cpu *)public;
+	if (all) {
+		kvmaio_flush_code(cpu);
+		return;
+	}
+	const struct registers *registers = cpu->registers;
+	uint64_t linear = registers->rip;
+	if (!(registers->hflags & HFLAG_CS64))
+		linear = (uint32_t)(registers->segments[CS].base + linear);
+	for (unsigned i = 0; i <= LONGEST_INSTRUCTION; i++)
+		forget_at(cpu, linear + i);
+	kvmaio_flush_tlb(cpu);
+	cpu->repeat_pc = NOWHERE;
+}

@@ -118,6 +118,10 @@ void kvmaio_soft_set_debug_registers(kvmaio_soft *cpu, const uint64_t values[6])
 void kvmaio_soft_get_events(kvmaio_soft *cpu, struct kvm_vcpu_events *events);
 void kvmaio_soft_set_events(kvmaio_soft *cpu, const struct kvm_vcpu_events *events);
 
+/* Memory and page tables have been another CPU model's: forget what was made of them, at RIP
+ * or everywhere. */
+void kvmaio_soft_forget(kvmaio_soft *cpu, int all);
+
 /* Is something to be delivered that is in the CPU already? */
 int kvmaio_soft_has_event(kvmaio_soft *cpu);
 

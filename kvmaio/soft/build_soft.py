@@ -57,6 +57,7 @@ void kvmaio_soft_get_debug_registers(kvmaio_soft *cpu, uint64_t *values);
 void kvmaio_soft_set_debug_registers(kvmaio_soft *cpu, const uint64_t *values);
 void kvmaio_soft_get_events(kvmaio_soft *cpu, struct kvm_vcpu_events *events);
 void kvmaio_soft_set_events(kvmaio_soft *cpu, const struct kvm_vcpu_events *events);
+void kvmaio_soft_forget(kvmaio_soft *cpu, int all);
 int kvmaio_soft_has_event(kvmaio_soft *cpu);
 void kvmaio_soft_interrupt(kvmaio_soft *cpu, int vector);
 void kvmaio_soft_nmi(kvmaio_soft *cpu);

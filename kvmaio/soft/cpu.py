@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,7 @@ class SoftCpu:
         self._uncounted = False
         self._fd = self.handle.arrived_fd
         self._loop.add_reader(self._fd, self._arrived)
+        self.xcr0 = 1  # x87 alone, as after reset
         # Kicks come from any thread, and must not meet close(); from a signal's handler, too.
         self._lock = RLock()
 
@@ -194,6 +195,10 @@ class SoftCpu:
         if self._inside:
             lib.kvmaio_soft_kick(self.handle, self.handle.run_id)
 
+    def execute(self, instructions: int) -> EntryResult:
+        """At most so many instructions, on this thread; TIMER if it was all of them."""
+        return _RESULTS[lib.kvmaio_soft_run(self.handle, instructions)]
+
     # ---- counting ---------------------------------------------------------------
 
     @property
@@ -234,7 +239,7 @@ class SoftCpu:
         state = CpuState(
             context=self.read_context(),
             xsave=self._read_xsave(),
-            xcrs={0: int(lib.kvmaio_soft_get_xcr0(handle))},
+            xcrs={0: self.xcr0},
             debug_registers=tuple(debug),
             events=bytes(ffi.buffer(events)),
             mp_state=0,
@@ -262,14 +267,12 @@ class SoftCpu:
     def write_state(self, saved: CpuState) -> None:
         handle = self.handle
         # Segments after the MSRs: among those are the bases of FS and GS, and EFER.
-        for index, value in saved.msrs.items():
-            if index in MSRS:
-                lib.kvmaio_soft_set_msr(handle, index, value)
+        self.set_msrs(saved.msrs)
         self.write_context(saved.context)
         if saved.xsave is not None:
-            self._write_xsave(saved.xsave)
+            self.write_xsave(saved.xsave)
         if 0 in saved.xcrs:
-            lib.kvmaio_soft_set_xcr0(handle, saved.xcrs[0] & _X87_SSE or 1)
+            self.xcr0 = saved.xcrs[0] & _X87_SSE or 1
         lib.kvmaio_soft_set_debug_registers(handle, ffi.new("uint64_t[6]", saved.debug_registers))
         if saved.events is not None:
             events = ffi.new("struct kvm_vcpu_events *")
@@ -280,10 +283,14 @@ class SoftCpu:
                 )
             buffer[:] = saved.events
             lib.kvmaio_soft_set_events(handle, events)
-        if report := self._kept.keep(saved):
+        report = self._kept.keep(saved)
+        if (
+            report and report not in _reported
+        ):  # once: a machine may be handed over a thousand times
+            _reported.add(report)
             _log.warning("the software CPU keeps aside what it cannot hold: %s", report)
 
-    def _write_xsave(self, xsave: bytes) -> None:
+    def write_xsave(self, xsave: bytes) -> None:
         """x87 and SSE; a component that is not marked present is in its initial state."""
         present = int.from_bytes(xsave[_XSTATE_BV], "little")
         image = bytearray(_INITIAL_FPU)
@@ -312,9 +319,24 @@ class SoftCpu:
         lib.kvmaio_soft_own_cpuid(self.handle, entry)
         return entry.eax, entry.ebx, entry.ecx, entry.edx
 
+    @property
+    def xcr0(self) -> int:
+        """Which components XSAVE saves."""
+        return int(lib.kvmaio_soft_get_xcr0(self.handle))
+
+    @xcr0.setter
+    def xcr0(self, value: int) -> None:
+        lib.kvmaio_soft_set_xcr0(self.handle, value)
+
     def enable_xcr0(self) -> None:
         """Set XCR0 to x87 and SSE: there is no AVX."""
-        lib.kvmaio_soft_set_xcr0(self.handle, _X87_SSE)
+        self.xcr0 = _X87_SSE
+
+    def set_msrs(self, msrs: Mapping[int, int]) -> None:
+        """Put MSRs, those that there are."""
+        for index, value in msrs.items():
+            if index in MSRS:
+                lib.kvmaio_soft_set_msr(self.handle, index, value)
 
     def wait_for_sipi(self) -> None:
         """Nothing: only a model with a local APIC of its own is asked to."""
@@ -370,6 +392,8 @@ class SoftCpu:
         lib.kvmaio_soft_destroy(handle)
         self.page = None
 
+
+_reported: set[str] = set()
 
 # FCW and MXCSR after reset (SDM vol. 1, 8.1.5 and 10.2.3.1).
 _INITIAL_FPU = struct.pack("<H22xI484x", 0x37F, 0x1F80)

@@ -26,10 +26,9 @@ class Kept:
         self._xcr0 = 0
         self._msrs: dict[int, int] = {}
         self._lapic: bytes | None = None
-        self._reported = ""
 
     def keep(self, state: CpuState) -> str:
-        """Remember it; returns what to report, nothing if that has been said before."""
+        """Remember it; returns what it is in words, or nothing."""
         self._xsave, self._components = None, 0
         if state.xsave is not None:
             present = int.from_bytes(state.xsave[_XSTATE_BV], "little")
@@ -39,11 +38,7 @@ class Kept:
         self._xcr0 = state.xcrs.get(0, 0) & ~_X87_SSE
         self._msrs = {index: value for index, value in state.msrs.items() if index not in MSRS}
         self._lapic = state.lapic
-        report = self._describe()
-        if report == self._reported:
-            return ""
-        self._reported = report
-        return report
+        return self._describe()
 
     def _describe(self) -> str:
         parts = []

@@ -1,0 +1,59 @@
+"""`Loan`: the registers of another CPU model, for as long as a few instructions take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from ._soft import ffi, lib
+
+if TYPE_CHECKING:
+    from .cpu import SoftCpu
+
+__all__ = ["Loan"]
+
+_FXSAVE = 512
+_XSTATE_BV = 512  # offset in the XSAVE area
+_X87_SSE = 0b11
+_SREGS = ffi.offsetof("struct kvm_sregs", "interrupt_bitmap")  # what is behind is not registers
+
+
+class Lender(Protocol):
+    """Where the other model's registers lie, in the kernel's structures."""
+
+    regs: int
+    sregs: int
+    xsave: int
+
+
+class Loan:
+    """Takes registers where they lie, and puts them back there."""
+
+    def __init__(self, cpu: SoftCpu) -> None:
+        self._cpu = cpu
+        self._own_sregs = ffi.new("struct kvm_sregs *")
+        self._fpu = ffi.new("uint8_t[]", _FXSAVE)
+
+    def take(self, lender: Lender, *, whole: bool) -> None:
+        """Have the CPU go on from there. Memory has been another's: translations are forgotten,
+        those at RIP, or all if more than an instruction is to be executed (`whole`).
+        """
+        handle = self._cpu.handle
+        self._regs = ffi.cast("struct kvm_regs *", lender.regs)
+        self._sregs = ffi.cast("struct kvm_sregs *", lender.sregs)
+        self._xsave = ffi.cast("uint8_t *", lender.xsave)
+        lib.kvmaio_soft_set(handle, self._regs, self._sregs)
+        self._cpu.write_xsave(bytes(ffi.buffer(self._xsave, _XSTATE_BV + 8)))
+        lib.kvmaio_soft_get_fpu(handle, self._fpu)
+        self._before = bytes(ffi.buffer(self._fpu))
+        lib.kvmaio_soft_forget(handle, whole)
+
+    def give_back(self) -> None:
+        """Put the registers where they were taken from; what is not the CPU's stays."""
+        handle = self._cpu.handle
+        lib.kvmaio_soft_get(handle, self._regs, self._own_sregs)
+        ffi.memmove(self._sregs, self._own_sregs, _SREGS)
+        lib.kvmaio_soft_get_fpu(handle, self._fpu)
+        if bytes(ffi.buffer(self._fpu)) != self._before:
+            ffi.memmove(self._xsave, self._fpu, 24 + 4)  # the mask behind MXCSR is the host's
+            ffi.memmove(self._xsave + 32, self._fpu + 32, 416 - 32)
+            self._xsave[_XSTATE_BV] = int(self._xsave[_XSTATE_BV]) | _X87_SSE
