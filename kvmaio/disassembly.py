@@ -6,7 +6,7 @@ from .cpu import Context
 from .linear import code_address, code_bits, read_linear
 from .memory import GuestMemory
 
-__all__ = ["disassemble", "disassemble_next"]
+__all__ = ["disassemble", "disassemble_next", "instruction_name"]
 
 LONGEST = 15
 """Bytes of one instruction (SDM vol. 2A, 2.3.11)."""
@@ -37,3 +37,10 @@ def disassemble_next(memory: GuestMemory, context: Context, count: int = 5) -> l
     address = code_address(context)
     code = read_linear(memory, context, address, LONGEST * count)
     return disassemble(code, address, code_bits(context), most=count) if code else []
+
+
+def instruction_name(code: bytes, context: Context) -> str | None:
+    """The first instruction of `code` by name, such as ``addps xmm0, xmm1``; None if unknown."""
+    (line,) = disassemble(code, 0, code_bits(context), most=1)
+    before, _, name = line[len("0x0: ") :].partition("  ")
+    return None if name.strip().startswith("(") or not before else name.strip() or None

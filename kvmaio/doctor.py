@@ -68,12 +68,16 @@ class Report:
 
     Attributes:
         problem: why no guest can run, in one line with what to do; None if one can.
+        cpu: what ``cpu="auto"`` is here, ``kvm`` or ``soft``.
+        choice: why that, and what follows from it.
         kind: ``VMX``, ``SVM``, ``PVM`` or ``unknown``.
         run_timer: what ends a timed run, and why that.
         instructions: whether a guest's instructions can be counted.
     """
 
     problem: str | None = None
+    cpu: str = ""
+    choice: str = ""
     kind: str = "unknown"
     api_version: int | None = None
     max_vcpus: int | None = None
@@ -96,13 +100,42 @@ class Report:
         return {"can_run": self.can_run, **attrs.asdict(self)}
 
 
-def why_no_guest() -> str | None:
-    """Why no guest can run here, in one line with what to do; None if one can."""
+def why_no_guest(cpu: str = "auto") -> str | None:
+    """Why no guest can run here on `cpu`, in one line with what to do; None if one can."""
     try:
         from .kvm.host import usable
+        from .soft.library import why_not
     except ImportError as error:
         return f"kvmaio's C core is not built ({error}); install kvmaio with a C compiler at hand"
-    return usable()
+    no_kvm = usable() if cpu != "soft" else None
+    if no_kvm is None and cpu != "soft":
+        return None
+    no_soft = why_not() if cpu != "kvm" else None
+    if no_soft is None and cpu != "kvm":
+        return None
+    if cpu == "auto":
+        return f"KVM: {no_kvm}. Software CPU: {no_soft}"
+    return no_kvm or no_soft
+
+
+def _choice(no_kvm: str | None, no_soft: str | None) -> tuple[str, str]:
+    """Which CPU model ``cpu="auto"`` is here, and in words why and what follows."""
+    if no_kvm is None and no_soft is None:
+        return "kvm", (
+            "KVM runs guests; an instruction that it cannot emulate is executed by the software CPU"
+        )
+    if no_kvm is None:
+        return "kvm", (
+            "KVM runs guests; where it cannot emulate an instruction, the guest ends "
+            f"(software CPU: {no_soft})"
+        )
+    if no_soft is None:
+        return "soft", (
+            "the software CPU runs guests, since KVM is not usable: some 10 to 100 million "
+            "instructions a second, exactly counted, one vCPU at a time, without AVX; no "
+            'irqchip="kernel" or "split"'
+        )
+    return "", "none"
 
 
 def examine() -> Report:
@@ -111,6 +144,19 @@ def examine() -> Report:
     report.problem = why_no_guest()
     if report.problem is not None:
         return report
+    from .kvm.host import usable
+    from .soft.library import why_not
+
+    report.cpu, report.choice = _choice(usable(), why_not())
+    if report.cpu == "kvm":
+        _look_at_kvm(report)
+    report.modes, report.costs = run(try_guests())
+    if not report.can_run:
+        report.problem = f"no guest runs: {report.modes[0].problem}"
+    return report
+
+
+def _look_at_kvm(report: Report) -> None:
     from .kvm._native import lib
     from .kvm.counters import instruction_counting
     from .kvm.host import Kvm
@@ -127,10 +173,6 @@ def examine() -> Report:
             for name, purpose in _CAPABILITIES
             if (number := getattr(lib, f"KVM_CAP_{name}", None)) is not None
         ]
-    report.modes, report.costs = run(try_guests())
-    if not report.can_run:
-        report.problem = f"KVM opens, but no guest runs: {report.modes[0].problem}"
-    return report
 
 
 # ---- looking -----------------------------------------------------------------------
@@ -174,6 +216,13 @@ def _tools() -> list[Tool]:
             True,
             "threads, KVM_RUN and kicks",
             "install kvmaio with a C compiler at hand: pip install -e .",
+        ),
+        Tool(
+            "unicorn",
+            _version("unicorn"),
+            False,
+            "the software CPU: guests without KVM, and what KVM cannot emulate",
+            "pip install 'kvmaio[soft]'",
         ),
         Tool("uvloop", _version("uvloop"), False, "a faster event loop", "pip install uvloop"),
         Tool(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bus import Bus
 from .decode import Reason
+from .disassembly import instruction_name
 from .dump import format_context
 from .errors import EmulationFailure, GuestError
 from .exits import (
@@ -246,8 +247,11 @@ class Service:
             what = f"{who}: internal error"
         code = exit_.instruction
         where = f": bytes {code.hex(' ')}" if code else ""
+        if code and (name := instruction_name(code, self._vcpu.context)) is not None:
+            where += f", {name}"
+        advice = _NO_ASSIST if is_kvm and exit_.suberror == 1 else ""
         raise EmulationFailure(
-            f"{what}{where} (suberror {exit_.suberror})",
+            f"{what}{where} (suberror {exit_.suberror}){advice}",
             suberror=exit_.suberror,
             data=exit_.data,
             instruction=code,
@@ -291,6 +295,9 @@ class Service:
             kind = "a write to" if self._mmio_part.is_write else "a read from"
             return f"{kind} mmio {self._mmio_part.phys_addr:#x} ({_bytes(self._mmio_part.len)})"
         return str(self._vcpu.last_exit())
+
+
+_NO_ASSIST = '; with cpu="auto" and kvmaio[soft] installed, the software CPU executes it'
 
 
 def _bytes(count: int) -> str:

@@ -53,7 +53,7 @@ def demo() -> int:
     from ..demo import show
 
     if (reason := why_no_guest()) is not None:
-        say(f"the demo needs KVM. {reason}. `kvmaio doctor` tells more")
+        say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
         return 1
     show()
     return 0

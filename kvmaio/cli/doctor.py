@@ -78,6 +78,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def _facts(report: Report) -> Table:
     table = _table("KVM", "name", "fact")
+    if report.choice:
+        table.add_row('cpu="auto"', report.choice)
     table.add_row("kind", f"{report.kind}: {_KINDS[report.kind]}")
     table.add_row("/dev/kvm", report.device)
     table.add_row("you", report.user)
@@ -91,7 +93,7 @@ def _facts(report: Report) -> Table:
 
 def _modes(report: Report) -> Table:
     table = _table("Guest modes, each tried with a small guest", "mode", "how", "purpose")
-    styles = {"native": "green", "emulated": "yellow", "fails": "red"}
+    styles = {"native": "green", "in software": "green", "emulated": "yellow", "fails": "red"}
     for mode in report.modes:
         table.add_row(mode.mode, Text(_how(mode), styles[mode.how]), mode.purpose)
     return table

@@ -151,7 +151,7 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
 )
 @click.option(
     "--cpu",
-    type=click.Choice(["auto", "kvm"]),
+    type=click.Choice(["auto", "kvm", "soft"]),
     default="auto",
     show_default=True,
     help="What executes the guest.",
@@ -159,7 +159,8 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
 @click.option(
     "--irqchip",
     type=click.Choice(["none", "kernel", "split", "devices"]),
-    help="Who models interrupt controllers.  [default: kernel for firmware, multiboot and linux]",
+    help="Who models interrupt controllers.  "
+    "[default for firmware, multiboot and linux: kernel on KVM, else devices]",
 )
 @click.option("--append", metavar="TEXT", help="The kernel's command line (multiboot, linux).")
 @click.option(
@@ -273,7 +274,7 @@ def run(
         saved = None
         found, loadable = read_image(choice)
         pc = found in PC_KINDS
-        irqchip = irqchip or ("kernel" if pc else "none")
+        irqchip = irqchip or (_pc_irqchip(others["cpu"]) if pc else "none")
     else:
         saved = Checkpoint.load(from_)
         pc = check_board(from_, saved)
@@ -282,10 +283,14 @@ def run(
         others["vcpus"] = shape.vcpus
         others["memory"] = sum(r.size for r in shape.memory if not r.readonly)
     options = Options(image=choice, from_=saved, irqchip=irqchip, until=until, **others)
-    if (reason := why_no_guest()) is not None:
+    if (reason := why_no_guest(options.cpu)) is not None:
         say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
         return EXIT_ERROR
     return run_on_loop(_run(options, pc, loadable), time=time, pace=pace)
+
+
+def _pc_irqchip(cpu: str) -> str:
+    return "kernel" if cpu != "soft" and why_no_guest("kvm") is None else "devices"
 
 
 def _refuse_beside_from() -> None:
