@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from plugin_summary import why_not_soft
 
 KVMAIO = Path(sys.executable).parent / "kvmaio"
 SEABIOS = Path("/usr/share/seabios/bios.bin")
@@ -410,7 +411,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(image, name):
 @pytest.mark.kvm
 def test_emulation_failure_shows_the_instruction(image):
     """SSE at CPL 0 fails under PVM; elsewhere it runs."""
-    result = kvmaio("run", image(SSE), "--mode", "long64")
+    result = kvmaio("run", image(SSE), "--mode", "long64", "--cpu", "kvm")
     if not Path("/sys/module/kvm_pvm").exists():
         assert result.returncode == 0
         return
@@ -442,8 +443,9 @@ kvmaio.cli.main(sys.argv[1:])
 
 @ONCE
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize("command", ["run - --mode real16", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["run - --mode real16 --cpu kvm", "demo", "doctor"])
 def test_no_permission_on_dev_kvm_says_what_to_do(command):
+    """Or goes on without KVM, where the software CPU is installed."""
     exists = os.path.exists("/dev/kvm")
     if exists and os.stat("/dev/kvm").st_mode & 0o006:
         pytest.skip("everyone may use this /dev/kvm")
@@ -454,6 +456,11 @@ def test_no_permission_on_dev_kvm_says_what_to_do(command):
         timeout=TIME_LIMIT_S,
         env=os.environ | {"COLUMNS": "500"},
     )
+    if why_not_soft() is None and "kvm" not in command:
+        assert result.returncode == 0
+        if command == "doctor":
+            assert "the software CPU runs guests" in result.stdout.decode()
+        return
     assert result.returncode == 1
     text = result.stdout.decode() if command == "doctor" else error_line(result)
     assert "open /dev/kvm: " in text

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import kvmaio.kvm.host
+import kvmaio.soft.library
 from kvmaio import doctor
 from kvmaio.cli.doctor import render
 from kvmaio.doctor import Capability, Report, Tool
@@ -66,9 +67,22 @@ def test_text_says_what_emulated_means_where_it_matters():
 def test_without_kvm_it_says_what_to_do(monkeypatch):
     reason = "open /dev/kvm: No such file or directory [ENOENT]; there is no KVM here: load kvm_amd"
     monkeypatch.setattr(kvmaio.kvm.host, "usable", lambda: reason)
+    monkeypatch.setattr(kvmaio.soft.library, "why_not", lambda: "install unicorn")
     report = doctor.examine()
     assert (report.can_run, report.modes, report.costs) == (False, [], [])
-    assert words(report).startswith(f"no no guest can run here. {reason}")
+    text = words(report)
+    assert text.startswith(
+        f"no no guest can run here. KVM: {reason}. Software CPU: install unicorn"
+    )
+
+
+@pytest.mark.soft
+def test_without_kvm_the_software_cpu_runs_guests(monkeypatch):
+    monkeypatch.setattr(kvmaio.kvm.host, "usable", lambda: "none here")
+    report = doctor.examine()
+    assert (report.can_run, report.cpu, report.problem) == (True, "soft", None)
+    assert {mode.how for mode in report.modes} == {"in software"}
+    assert "the software CPU runs guests" in words(report)
 
 
 def test_without_its_c_core_it_says_what_to_do(monkeypatch):
