@@ -143,6 +143,7 @@ class VCpu:
         halted: it is idle because of HLT.
         awaits_start_up: it is idle because of INIT.
         was_stepped: `run()` has been called.
+        held: a debugger keeps it out of its guest while others run.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class VCpu:
         self.halted = False
         self.awaits_start_up = False
         self.was_stepped = False
+        self.held = False
         self._state = IDLE
         self._owner = owner
         self._clock = clock
@@ -430,7 +432,9 @@ class VCpu:
             await self._rest()
 
     def allow(self) -> None:
-        """Let the run loop run."""
+        """Let the run loop run; not while the vCPU is `held`."""
+        if self.held:
+            return
         self._restored = None
         self._allowed = True
         self._wake.set()

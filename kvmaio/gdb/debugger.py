@@ -100,9 +100,13 @@ class Debugger:
             await self._change()
         return self._last or Stop(SIGTRAP, self.machine.vcpus[0])
 
-    def resume(self, step: VCpu | None = None) -> Awaitable[Stop]:
-        """Go on, or only by one instruction of `step`; await the next stop."""
-        go = self._go = _Go(step)
+    def resume(self, step: VCpu | None = None, *, alone: bool = False) -> Awaitable[Stop]:
+        """Go on, or only by one instruction of `step`; await the next stop.
+
+        Args:
+            alone: the other vCPUs stay where they are.
+        """
+        go = self._go = _Go(step, alone)
         self._notify()
         return self._stop_of(go)
 
@@ -184,12 +188,16 @@ class Debugger:
         self._is_running = True
         steppers: list[asyncio.Task[None]] = []
         try:
+            for vcpu in self.machine.vcpus:
+                vcpu.held = go is not None and go.alone and vcpu is not go.step
             steppers = await self._arm(None if go is None else go.step)
             ending: Outcome | BaseException = await run()
         except Exception as error:
             ending = error
         finally:
             self._is_running = False
+            for vcpu in self.machine.vcpus:
+                vcpu.held = False
             await self._disarm(steppers)
             self._notify()
         hit = self._take_hit()
@@ -325,4 +333,5 @@ class _Go:
     """A wish to go on, and the stop that came of it."""
 
     step: VCpu | None
+    alone: bool
     stop: Stop | None = None

@@ -213,15 +213,18 @@ class Session:
     # ---- running ----------------------------------------------------------------------
 
     def _continue(self, rest: str) -> None:
-        """``vCont;s:1;c``: the first action that fits a thread is its own; the others go on."""
-        step = None
+        """``vCont;s:1;c``: an action without a thread is for all that have none of their own."""
+        step, alone = None, True
         for action in rest.split(";")[1:]:
             what, _, thread = action.partition(":")
+            is_for_all = thread in ("", "-1")
             if what[0] in "sS" and step is None:
-                step = self._vcpu(int(thread, 16) if thread and thread != "-1" else self._thread)
-        self._resume(step)
+                step = self._vcpu(self._thread if is_for_all else int(thread, 16))
+            elif is_for_all:
+                alone = False
+        self._resume(step, alone=alone and step is not None)
 
-    def _resume(self, step: VCpu | None) -> None:
+    def _resume(self, step: VCpu | None, *, alone: bool = False) -> None:
         self._view = None
         debugger = self._debugger
         if (debugger.breakpoints or debugger.watchpoints or step) and (
@@ -231,7 +234,7 @@ class Session:
             if step is not None:
                 self._stream.send(self._last)
                 return
-        stop = debugger.resume(step)
+        stop = debugger.resume(step, alone=alone)
         self._resuming = asyncio.create_task(self._until(stop), name="gdb waits for a stop")
 
     async def _until(self, coming: Awaitable[Stop]) -> None:

@@ -306,6 +306,24 @@ async def test_vcpus_are_threads(boot):
         assert await running == Stopped("killed by gdb")
 
 
+async def test_a_vcpu_steps_alone_or_with_the_others(boot):
+    machine = boot("again: inc ebx", "jmp again", vcpus=2)
+    other = machine.vcpus[1]
+    other.start_up(0x1)  # at the same code
+    async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
+        running = asyncio.create_task(machine.run())
+        for _ in range(4):
+            assert await client.ask("vCont;s:1") == "T05thread:1;"
+        assert (machine.vcpus[0].context.rbx, other.context.rbx) == (2, 0)
+        client.stream.send("vCont;c")
+        await asyncio.sleep(0.2)
+        client.interrupt()
+        assert (await client.reply()).startswith("T02")
+        assert other.context.rbx > 0
+        assert await client.ask("vKill;1") == "OK"
+        await running
+
+
 async def test_what_is_unknown_or_impossible(boot):
     machine = boot("hlt", memory="64K")
     async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
