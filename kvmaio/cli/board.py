@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import attrs
 
 from ..devices import Console, DebugConsole, DebugExit, Pit8254, RtcMc146818, SystemPortB, Uart16550
@@ -26,8 +28,14 @@ class Board:
         return (self.uart, *self.debug_consoles)
 
 
-def build_board(machine: Machine, *, pc: bool, vcpus: int) -> Board:
-    """Attach the devices; a PC also gets its clock and, where KVM has none, its timer."""
+def build_board(
+    machine: Machine, *, pc: bool, vcpus: int, clock_start: datetime | None = None
+) -> Board:
+    """Attach the devices; a PC also gets its clock and, where KVM has none, its timer.
+
+    Args:
+        clock_start: when the real-time clock begins; None is now.
+    """
     # A split irqchip has no IOAPIC: nothing there takes an interrupt line.
     has_lines = machine.irqchip != "split"
     uart = machine.attach(Uart16550(), pio=0x3F8, irq=4 if has_lines else None, name="uart")
@@ -36,7 +44,7 @@ def build_board(machine: Machine, *, pc: bool, vcpus: int) -> Board:
     )
     machine.attach(DebugExit(), pio=0xF4, name="debugexit")
     if pc:
-        rtc = RtcMc146818(memory_size=machine.memory.size)
+        rtc = RtcMc146818(memory_size=machine.memory.size, start=clock_start)
         rtc.cmos[CMOS_MORE_CPUS] = vcpus - 1
         machine.attach(rtc, pio=0x70, irq=8 if has_lines else None, name="rtc")
         if machine.irqchip != "kernel":

@@ -39,8 +39,14 @@ class StandardConsole:
         take_input: bool,
         stop: Callable[[], None],
         quiet: bool = False,
+        waits: bool = True,
     ) -> None:
-        """`quiet`: standard output gets nothing; somebody else shows what is printed."""
+        """A console for a run.
+
+        Args:
+            quiet: standard output gets nothing; somebody else shows what is printed.
+            waits: a guest waits while standard output is slow.
+        """
         self.was_seen = False
         self.is_gone = False
         self.ends_line = True
@@ -52,6 +58,8 @@ class StandardConsole:
         self._tail = b""
         self._stop = stop
         self._quiet = quiet
+        self._waits = waits
+        self._writing: set[asyncio.Future[None]] = set()
 
     async def connect(self) -> None:
         """From now on, what the guest prints is passed on."""
@@ -106,7 +114,14 @@ class StandardConsole:
         self.is_gone = self._stdout.is_gone
         if self.was_seen or self.is_gone:
             self._stop()
-        return None if pending is None else _in_real_time(pending)
+        if pending is None:
+            return None
+        if self._waits:
+            return _in_real_time(pending)
+        writing = asyncio.ensure_future(pending)
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+        return None
 
 
 async def _in_real_time(pending: Awaitable[None]) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from typing import Any, Literal
 
 import attrs
@@ -23,6 +23,7 @@ from .board import build_board
 from .console import StandardConsole
 from .image import KINDS, PC_KINDS, ImageChoice, read_image
 from .live import live
+from .repeat import Repeat
 from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, show_statistics
 from .resume import BOARD_FROM_CHECKPOINT, check_board, save
 
@@ -77,6 +78,7 @@ class Options:
 
     image: ImageChoice
     from_: Checkpoint | None
+    repeat: Repeat
     save: str | None
     memory: str | int
     vcpus: int
@@ -224,6 +226,18 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
     metavar="[HOST:]PORT",
     help="Wait for GDB there (target remote :PORT) before the first instruction.",
 )
+@click.option(
+    "--record",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Record what is typed, so that the run can be repeated (--cpu soft, --time simulated).",
+)
+@click.option(
+    "--replay",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Repeat a run that was recorded: the same, byte for byte.",
+)
 @click.option("--live", is_flag=True, help="Show exits and accesses a second while it runs.")
 @click.option("--verbose", is_flag=True, help="Say what is done; registers with an error.")
 def run(
@@ -238,6 +252,8 @@ def run(
     until: str | None,
     time: Literal["wall", "simulated"],
     pace: float | None,
+    record: str | None,
+    replay: str | None,
     **others: Any,
 ) -> int:
     """Run IMAGE, a file or a pipe (- is standard input), until its guest ends.
@@ -261,6 +277,9 @@ def run(
         _refuse_beside_from()
     elif image is None:
         raise click.UsageError("Name an IMAGE, or a checkpoint with --from.")
+    repeat = Repeat.asked_for(record, replay, others["cpu"], time)
+    if repeat:
+        time, others["cpu"] = "simulated", "soft"
     choice = ImageChoice(
         path=image or "",
         kind=None if kind == "auto" else kind,
@@ -282,7 +301,9 @@ def run(
         irqchip = shape.irqchip or "none"
         others["vcpus"] = shape.vcpus
         others["memory"] = sum(r.size for r in shape.memory if not r.readonly)
-    options = Options(image=choice, from_=saved, irqchip=irqchip, until=until, **others)
+    options = Options(
+        image=choice, from_=saved, repeat=repeat, irqchip=irqchip, until=until, **others
+    )
     if (reason := why_no_guest(options.cpu)) is not None:
         say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
         return EXIT_ERROR
@@ -308,16 +329,18 @@ async def _run(options: Options, pc: bool, image: Image | None) -> int:
         cpu=options.cpu,
         irqchip=None if options.irqchip == "none" else options.irqchip,
     )
-    board = build_board(machine, pc=pc, vcpus=options.vcpus)
+    repeat = options.repeat
+    board = build_board(machine, pc=pc, vcpus=options.vcpus, clock_start=repeat.clock_start)
     console = StandardConsole(
         board.uart,
         board.debug_consoles,
         until=None if options.until is None else os.fsencode(options.until),
-        take_input=not options.image.takes_stdin,
+        take_input=not options.image.takes_stdin and not repeat.replay,
         stop=machine.stop,
         quiet=options.live and sys.stdout.isatty(),  # the view shows it
+        waits=not repeat,
     )
-    async with machine:
+    async with machine, AsyncExitStack() as stack:
         if image is not None:
             machine.load(image)
         elif options.from_ is not None:
@@ -327,6 +350,7 @@ async def _run(options: Options, pc: bool, image: Image | None) -> int:
         if options.verbose:
             what = f"image {options.image.path}" if image is not None else "the checkpoint"
             say(f"{what} on {machine!r}")
+        stack.enter_context(repeat.around(machine))
         await console.connect()
         ending = Ending(status=EXIT_INTERRUPTED, by_itself=False)
         try:
