@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from plugin_summary import why_not_soft
+
+from tests.plugin_summary import why_not_soft
 
 KVMAIO = Path(sys.executable).parent / "kvmaio"
 SEABIOS = Path("/usr/share/seabios/bios.bin")
