@@ -12,6 +12,7 @@
 `scale`        many machines, and two that compete
 `machines`     start-up, memory and idle machines
 `peers`        QEMU and Unicorn
+`soft`         the software CPU
 `tracing`      exits with a trace on
 `checkpoints`  drains, resets, forks
 =============  ===============================================================
@@ -43,6 +44,7 @@ from . import (
     peers,
     posted,
     scale,
+    soft,
     timers,
     tracing,
 )
@@ -81,6 +83,7 @@ FAMILIES = {
     "machines": Family("Idle machines", machines.measure, loop_matters=False),
     "tracing": Family("Exits with a trace on, async handler", tracing.measure),
     "checkpoints": Family("Drains, resets and forks", checkpoints.measure, loop_matters=False),
+    "soft": Family("The software CPU", soft.measure, loop_matters=False),
     "peers": Family("Against others, one byte after another", peers.measure, loop_matters=False),
 }
 

@@ -16,6 +16,7 @@ class SoftStop:
     """See `kvmaio.instruction_events.InstructionStop`.
 
     Attributes:
+        reset_at: the CPU's ticks at the reset.
         remaining: the entries to come execute no more than this; 0 is no limit.
     """
 
@@ -24,17 +25,17 @@ class SoftStop:
 
     def __init__(self, cpu: SoftCpu) -> None:
         self._cpu = cpu
-        self._reset_at = 0
+        self.reset_at = 0
         self.remaining = 0
 
     @property
     def counted(self) -> int:
         """Instructions since the reset."""
-        return int(self._cpu.handle.ticks) - self._reset_at
+        return int(self._cpu.handle.ticks) - self.reset_at
 
     def reset(self, count: int = 0) -> None:
         """Count from `count` on."""
-        self._reset_at = int(self._cpu.handle.ticks) - count
+        self.reset_at = int(self._cpu.handle.ticks) - count
 
     def refusal(self) -> str | None:
         if not self._cpu.counting:

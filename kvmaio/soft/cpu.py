@@ -98,6 +98,7 @@ class SoftCpu:
         self._began = 0  # the limit of what `begin()` began
         self._before = 0  # ticks at the last entry
         self._uncounted = False
+        self._ticks_are_ns = clock_hz == 1_000_000_000
         self._fd = self.handle.arrived_fd
         self._loop.add_reader(self._fd, self._arrived)
         self.xcr0 = 1  # x87 alone, as after reset
@@ -166,9 +167,9 @@ class SoftCpu:
     @property
     def executed_ns(self) -> int:
         """What the last entry executed, in the time of `clock_hz`; exact in the long run."""
-        ticks = self.handle.ticks
-        if self._uncounted:
-            return int(ticks - self._before)
+        ticks: int = self.handle.ticks
+        if self._ticks_are_ns:
+            return ticks - self._before
         return self._time_ns(ticks) - self._time_ns(self._before)
 
     def half_entry(self) -> EntryResult:
@@ -203,7 +204,7 @@ class SoftCpu:
 
     @property
     def instructions(self) -> int | None:
-        return None if self._uncounted else self.instruction_stop.counted
+        return None if self._uncounted else self.handle.ticks - self.instruction_stop.reset_at
 
     def recount(self, count: int | None) -> None:
         self.instruction_stop.reset(count or 0)
@@ -217,6 +218,7 @@ class SoftCpu:
     def counting(self, on: bool) -> None:
         self.handle.counting = on
         self._uncounted = not on
+        self._ticks_are_ns = self._uncounted or self.host_hz == 1_000_000_000
 
     # ---- state ------------------------------------------------------------------
 
