@@ -129,12 +129,10 @@ class Barrier:
         self._holders: list[object] = []
         self._lock = asyncio.Lock()
 
-    def hold(self, holder: object) -> bool:
-        """Keep the barrier down for `holder`; is it new?"""
-        if holder in self._holders:
-            return False
-        self._holders.append(holder)
-        return True
+    def hold(self, holder: object) -> None:
+        """Keep the barrier down for `holder`. Idempotent."""
+        if holder not in self._holders:
+            self._holders.append(holder)
 
     def release(self, holder: object) -> None:
         """Let the machine go on, unless somebody else holds it."""
@@ -170,12 +168,13 @@ class Barrier:
 
 
 async def lower(barriers: Iterable[Barrier], holder: object, timeout: float | None) -> None:
-    """Bring all machines to rest together, and hold them there for `holder`.
+    """Bring all machines to rest together, and hold them there for `holder`, a new one.
 
     If that fails or is cancelled, all go on as before.
     """
     ordered = sorted(set(barriers), key=id)  # or two drains of the same machines wait crosswise
-    held = [barrier for barrier in ordered if barrier.hold(holder)]
+    for barrier in ordered:
+        barrier.hold(holder)
     still = "another drain of it is under way"
     try:
         async with asyncio.timeout(timeout) as limit, contextlib.AsyncExitStack() as stack:
@@ -191,7 +190,7 @@ async def lower(barriers: Iterable[Barrier], holder: object, timeout: float | No
                 barrier.rounds = rounds
                 barrier.machine.check_open()
     except BaseException as error:
-        for barrier in held:
+        for barrier in ordered:
             barrier.release(holder)
         if isinstance(error, TimeoutError) and limit.expired():
             names = " and ".join(barrier.machine.name for barrier in ordered)

@@ -20,7 +20,7 @@ from .bus import Unmapped
 from .checkpoint import Checkpoint
 from .clock import LoopClock
 from .device import Device
-from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained, lower
+from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained
 from .errors import ConfigurationError, GuestError, HostError
 from .exits import Halted, Outcome, Shutdown, Stopped
 from .fork import forbid_in_child, fork
@@ -575,10 +575,14 @@ class Machine(Board):
             DrainTimeout: something did not come to rest; the message names it.
             ConfigurationError: called by what it would wait for, or something failed.
         """
-        await lower([self.barrier], _BY_HAND, timeout)
+        async with self.drained(timeout):
+            self.barrier.hold(_BY_HAND)
 
     def resume(self) -> None:
-        """Go on after `drain()`. Alone it enters no guest: an active `run()` does."""
+        """Go on after `drain()`. Alone it enters no guest: an active `run()` does.
+
+        Harmless where nothing is drained; a `drain()` that is still under way is not ended.
+        """
         self.barrier.release(_BY_HAND)
 
     def drained(

@@ -500,6 +500,42 @@ async def test_each_holder_holds_it(boot):
 
 
 @pytest.mark.kvm
+async def test_resume_before_it_is_at_rest_ends_nothing(boot):
+    machine = boot(*SPIN)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        drain = asyncio.create_task(machine.drain())
+        await until(lambda: machine.barrier.is_moving)
+        machine.resume()
+        await drain
+        assert cpu.state is IDLE
+        machine.resume()
+        assert cpu.state is RUNNING
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_cancelled_drain_leaves_another_its_hold(boot):
+    machine = boot(*SPIN)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        one, other = (asyncio.create_task(machine.drain()) for _ in range(2))
+        await until(lambda: machine.barrier.is_moving)
+        one.cancel()
+        await other
+        assert cpu.state is IDLE
+        machine.resume()
+        assert cpu.state is RUNNING
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
 async def test_several_machines_together(boot):
     """Neither is at rest alone: what one does to the other is over in both."""
     one, other = boot(*SPIN), boot(*SPIN)
