@@ -146,7 +146,7 @@ class Barrier:
     async def moving(self) -> AsyncIterator[list[Participant]]:
         """Its participants, on their way to rest; one drain at a time."""
         async with self._lock:
-            self.machine.check_drainable()
+            self.machine.check_open()
             participants = [] if self.is_down else self.machine.drain_participants()
             self.is_moving = not self.is_down
             try:
@@ -173,6 +173,8 @@ async def lower(barriers: Iterable[Barrier], holder: object, timeout: float | No
     If that fails or is cancelled, all go on as before.
     """
     ordered = sorted(set(barriers), key=id)  # or two drains of the same machines wait crosswise
+    for barrier in ordered:  # before waiting for another drain, which may wait for who asks here
+        barrier.machine.check_drainable()
     for barrier in ordered:
         barrier.hold(holder)
     still = "another drain of it is under way"

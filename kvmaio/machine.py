@@ -143,7 +143,7 @@ class Machine(Board):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.barrier = Barrier(self)
-        self._tasks = Tasks(self.name, self._end, self._fail_outside)
+        self._tasks = Tasks(self.name, self._end_by_guest, self._fail_outside)
         self._lives = False  # the vCPUs have their tasks
         self._has_run = False
         self.fault_frame: int | None = None
@@ -557,7 +557,8 @@ class Machine(Board):
 
     def keep_outcome(self, outcome: Outcome | None) -> None:
         """Have the next `run()`, or the active one when the machine goes on, return it."""
-        self._ending = outcome
+        if not (self._run_active and self._over.is_set()):  # which has its end, and goes there
+            self._ending = outcome
 
     # ---- draining ----------------------------------------------------------------------
 
@@ -615,7 +616,7 @@ class Machine(Board):
         self._start_cpus()
         return [
             *self.vcpus,
-            self.paths.drain(self._flush, self.vcpus[0].model.has_posted),
+            self.paths.drain(self._flush_for_drain, self.vcpus[0].model.has_posted),
             *(device.busy_sections for device in self.devices.values()),
         ]
 
@@ -694,11 +695,7 @@ class Machine(Board):
             fault = FaultFrame.read(self.memory, self.fault_frame)
             if fault is not None:
                 outcome = Shutdown(f"{fault}\n{outcome.dump}")
-        if self.barrier.is_moving:
-            # `run()`, now or later, returns it when the machine goes on; a checkpoint holds it.
-            self._ending = self._ending or outcome
-        else:
-            self._end(outcome)
+        self._end_by_guest(outcome)
 
     def failed(self, vcpu: VCpu, error: BaseException) -> None:
         self._end(error)
@@ -743,8 +740,8 @@ class Machine(Board):
             self._tasks.serve(self.paths.deliver(self._flush), "posted")
 
     async def _flush(self) -> bool:
-        """Deliver batched writes and doorbells; were there any?"""
-        delivered = False
+        """Deliver batched writes and doorbells; were there any, or may there be more?"""
+        delivered = True  # if a handler ends it
 
         async def flush() -> None:
             nonlocal delivered
@@ -753,11 +750,31 @@ class Machine(Board):
         await self._tasks.watched(flush(), "the service of a posted write")
         return delivered
 
+    async def _flush_for_drain(self) -> bool:
+        """The same in a task of the machine: a drain that gives up must not cut a handler short,
+        and a handler must not drain."""
+        delivered = True
+
+        async def flush() -> None:
+            nonlocal delivered
+            delivered = await self._flush()
+
+        await self._tasks.serve_once(flush(), "posted")
+        return delivered
+
     def _fail_outside(self, error: BaseException) -> None:
         """End by an error that no vCPU was serving; `run()` adds where the guest was."""
         if self._ending is None:
             self._unlocated = error
         self._end(error)
+
+    def _end_by_guest(self, outcome: Outcome) -> None:
+        """A vCPU, or a device for it, has met an outcome."""
+        if self.barrier.is_moving or self.barrier.is_down:
+            # `run()`, now or later, returns it when the machine goes on; a checkpoint holds it.
+            self._ending = self._ending or outcome
+        else:
+            self._end(outcome)
 
     def _end(self, ending: Outcome | BaseException) -> None:
         """The first end counts; it is kept until a `run()` returns it."""

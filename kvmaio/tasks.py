@@ -60,6 +60,13 @@ class Tasks:
         """Start something that calls handlers of accesses."""
         self._serving.append(self._spawn(coroutine, name))
 
+    async def serve_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        """Have such a thing done, and wait: it goes on to its end if the wait is cancelled."""
+        task = self._spawn(coroutine, name)
+        self._serving.append(task)
+        task.add_done_callback(self._forget)
+        await asyncio.wait([task])
+
     def start(self, device: Device) -> None:
         """Start the device's own activity, if it has one."""
         if type(device).run is not Device.run:
@@ -105,6 +112,11 @@ class Tasks:
         task = asyncio.get_running_loop().create_task(coroutine, name=f"{self._name}.{name}")
         self._all.append(task)
         return task
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._serving.remove(task)
+        if task in self._all:
+            self._all.remove(task)
 
 
 def _report(tasks: list[asyncio.Task[None]]) -> None:

@@ -407,7 +407,7 @@ class KvmCpu:
             if counter is not None:
                 counter.close()
         lib.kvmaio_vcpu_destroy(handle)
-        self.page = None
+        self.page = self.fast = None
 
 
 _X87_SSE_AVX = 0b111

@@ -97,7 +97,7 @@ class FastPaths:
     def posted(self) -> Iterator[PostedWrite]:
         """Take the batched writes, oldest first."""
         taken = self._taken
-        while True:
+        while self._handle is not None:  # a handler may outlive the machine
             while taken:
                 yield taken.popleft()
             count = lib.kvmaio_fast_take(self._handle, self._entries, BATCH)
@@ -128,4 +128,6 @@ class FastPaths:
                 self._loop.remove_reader(eventfd)
             os.close(eventfd)
         self._rings.clear()
+        self._taken.clear()
         lib.kvmaio_fast_destroy(self._handle)
+        self._handle = None

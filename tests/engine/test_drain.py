@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -11,6 +12,7 @@ from kvmaio import Device, DrainTimeout, Exited, Halted, Machine, Register, Stop
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import ConfigurationError
+from kvmaio.exits import EndRun
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
 from tests.scripted import (
@@ -367,6 +369,116 @@ async def test_batched_writes_arrive_first():
         machine.resume()
         machine.stop()
         await run
+
+
+class Posted(Device):
+    """Takes batched writes, each when `go_on` is set; the first may do something else."""
+
+    data = Register(0, int, posted=True)
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.begun: list[int] = []
+        self.seen: list[int] = []
+        self.first: Callable[[], Awaitable[None]] | None = None
+
+    @data.on_write
+    async def take(self, value: int) -> None:
+        self.begun.append(value)
+        if value == 1 and self.first is not None:
+            await self.first()
+        await self.go_on.wait()
+        self.seen.append(value)
+
+
+@pytest.fixture
+async def posting() -> AsyncIterator[tuple[Machine, Posted]]:
+    """A machine whose guest has made three batched writes that nobody has served yet."""
+    outs = [line for n in (1, 2, 3) for line in (f"mov al, {n}", "out 0x60, al")]
+    async with deadline(), Machine(memory="1M") as machine:
+        device = machine.attach(Posted(), pio=0x60)
+        machine.load(Flat(assemble((*outs, *SPIN), "real16", 0x1000), 0x1000))
+        while len(device.begun) < 1 and not machine.vcpus[0].model.has_posted():
+            await machine.vcpus[0].run(2_000_000)
+        await machine.vcpus[0].run(2_000_000)
+        yield machine, device
+
+
+@pytest.mark.kvm
+async def test_drain_that_gives_up_cuts_no_batched_write_short(posting):
+    machine, device = posting
+    with pytest.raises(DrainTimeout, match="posted writes or doorbells are being served"):
+        await machine.drain(timeout=0.05)
+    assert (device.begun, device.seen) == ([1], [])
+    device.go_on.set()
+    await machine.drain()
+    assert device.seen == [1, 2, 3]
+
+
+@pytest.mark.kvm
+async def test_handler_of_a_batched_write_is_refused_a_drain(posting):
+    machine, device = posting
+    device.go_on.set()
+    device.first = machine.drain
+    await machine.drain()  # while this one is under way, too
+    with pytest.raises(ConfigurationError, match="cannot be drained by the handler of an access"):
+        await machine.checkpoint()
+    assert device.seen == [2, 3]
+
+
+@pytest.mark.kvm
+async def test_batched_write_that_ends_the_guest_leaves_the_others(posting):
+    async def end() -> None:
+        raise EndRun(Exited(3))
+
+    machine, device = posting
+    device.go_on.set()
+    device.first = end
+    await machine.drain()
+    assert device.seen == [2, 3]
+    assert not machine.vcpus[0].model.has_posted()
+    machine.resume()
+    assert await machine.run() == Exited(3)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("turns", range(0, 12, 2))
+async def test_closing_while_batched_writes_hold_a_drain(posting, turns):
+    machine, device = posting
+    drain = asyncio.create_task(machine.drain())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    close = asyncio.create_task(machine.close())
+    await asyncio.sleep(0)
+    device.go_on.set()
+    await close
+    with pytest.raises(ConfigurationError, match="closed"):
+        await drain
+
+
+@pytest.mark.kvm
+async def test_end_of_an_activity_waits_until_the_machine_goes_on(boot):
+    """EndRun in run() of a device while all is at rest: the active run() tells of it then."""
+    ends = asyncio.Event()
+
+    class Ending(Device):
+        size = 1
+
+        async def run(self) -> None:
+            await ends.wait()
+            raise EndRun(Exited(5))
+
+    machine = boot(*SPIN)
+    machine.attach(Ending(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        async with machine.drained():
+            ends.set()
+            await asyncio.sleep(0.01)
+            assert not run.done()
+            assert machine.kept_outcome() == Exited(5)
+        assert await run == Exited(5)
 
 
 @pytest.mark.kvm
