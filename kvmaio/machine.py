@@ -143,6 +143,7 @@ class Machine(Board):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.barrier = Barrier(self)
+        self._restoring = asyncio.Lock()
         self._tasks = Tasks(self.name, self._end_by_guest, self._fail_outside)
         self._lives = False  # the vCPUs have their tasks
         self._has_run = False
@@ -466,10 +467,11 @@ class Machine(Board):
         attached devices; a fresh one needs no `load()`. Into a machine that was restored
         to the same checkpoint before, only what changed since is put back. Devices'
         `run()` is cancelled and begins anew. A `run()` of the machine that is active goes
-        on from there.
+        on from there. An access whose handler has failed is given up.
 
         Raises:
-            CheckpointError: it does not fit; the machine is as it was.
+            CheckpointError: it does not fit, or a device cannot take its state; the machine is
+                as it was.
             ConfigurationError: called by what it would wait for, or it exchanges KVM's
                 interrupt controllers for others.
             HostError: the host refused; the machine is in no defined state.
@@ -478,16 +480,23 @@ class Machine(Board):
             raise ConfigurationError(
                 f"{self.name} cannot be restored by run() of a device, which that would end"
             )
-        async with self.drained(timeout):
-            snapshot.check_fits(self, checkpoint)
-            try:
-                await self._tasks.end_activities()
-                self._opened()
-                snapshot.put_back(self, checkpoint)
-            finally:
-                if self._has_run and not self._closed:
-                    for device in self.devices.values():
-                        self._tasks.start(device)
+        for vcpu in self.vcpus:
+            vcpu.gives_up_failed = True
+        try:
+            # One at a time: each ends the devices' activities and begins them anew.
+            async with self.drained(timeout), self._restoring:
+                snapshot.check_fits(self, checkpoint)
+                try:
+                    await self._tasks.end_activities()
+                    self._opened()
+                    snapshot.put_back(self, checkpoint)
+                finally:
+                    if self._has_run and not self._closed:
+                        for device in self.devices.values():
+                            self._tasks.start(device)
+        finally:
+            for vcpu in self.vcpus:
+                vcpu.gives_up_failed = False
 
     async def switch_cpu(self, cpu: str, timeout: float | None = DRAIN_TIMEOUT_S) -> None:
         """Go on with another CPU model, ``"kvm"`` or ``"soft"``, on the same memory.

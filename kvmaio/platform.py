@@ -64,8 +64,16 @@ class Platform(Protocol):
     def save(self) -> dict[str, bytes | int]:
         """State beside the CPUs' own, for a checkpoint: name -> structure or number."""
 
+    def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
+        """Have CPUID tell what it did when `save()` was called; before anything else goes back.
+
+        Raises:
+            CheckpointError: it differs, and the guest has run; nothing has changed.
+        """
+
     def restore(self, saved: dict[str, bytes | int]) -> None:
-        """Take back what `save()` gave, here or on another platform; the CPUs come later.
+        """Take back the rest of what `save()` gave, here or on another platform; the CPUs come
+        later.
 
         Raises:
             CheckpointError: it cannot be had here.

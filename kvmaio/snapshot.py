@@ -5,7 +5,7 @@ Both are plain functions without an await, so nothing changes in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,6 +26,7 @@ from .exits import Exited, Halted, Outcome, Shutdown, Stopped
 from .memory import GuestMemory
 from .memory_image import MemoryImage
 from .stats import Statistics
+from .vcpu import SAVED_BESIDE_STATE
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -38,6 +39,9 @@ __all__ = [
     "save_device",
     "shape_of",
 ]
+
+ENGINE = frozenset({"pio_unmapped", "mmio_unmapped", "fault_frame", "outcome", "lines"})
+"""What `capture` puts into a checkpoint's `engine`."""
 
 _OUTCOMES: dict[str, type[Outcome]] = {
     kind.__name__: kind for kind in (Halted, Shutdown, Exited, Stopped)
@@ -133,13 +137,12 @@ def _plain_outcome(outcome: Outcome | None) -> dict[str, Any] | None:
 
 
 def check_fits(machine: Machine, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint of another machine.
-
-    Memory regions that only the checkpoint has, such as its firmware, are added.
+    """Refuse a checkpoint of another machine; changes nothing.
 
     Raises:
         ConfigurationError: the interrupt controllers are KVM's in one of the two only.
-        CheckpointError: anything else differs, or the checkpoint is relative to another.
+        CheckpointError: anything else differs, the checkpoint is relative to another, or it
+            lacks what a machine puts into it.
     """
     if checkpoint.base is not None:
         raise CheckpointError("a checkpoint relative to another: make it complete with on(base)")
@@ -149,31 +152,50 @@ def check_fits(machine: Machine, checkpoint: Checkpoint) -> None:
             f"the checkpoint is of irqchip={saved.irqchip!r}, the machine has "
             f"{present.irqchip!r}: KVM's interrupt controllers cannot be exchanged for others"
         )
-    here = {region.base: region for region in saved.memory}
-    missing = [r for r in saved.memory if machine.memory.overlapping(r.base, r.size) is None]
-    expected = attrs.evolve(
-        present, memory=tuple(sorted((*present.memory, *missing), key=lambda region: region.base))
-    )
+    memory = (*present.memory, *_missing_regions(machine, saved))
+    expected = attrs.evolve(present, memory=tuple(sorted(memory, key=lambda region: region.base)))
     if differences := saved.differences(expected):
         raise CheckpointError(
             f"the checkpoint does not fit {machine.name}: " + "; ".join(differences)
         )
-    assert len(here) == len(expected.memory)
-    for region in missing:
-        machine.memory.add_region(region.base, region.size, readonly=region.readonly)
+    for name, device in checkpoint.devices.items():
+        _check_registers(machine.devices[name], device)
+    _check_engine(checkpoint.engine, ENGINE, "machine")
+    _kept_outcome(checkpoint.engine)
+    for index, cpu in enumerate(checkpoint.cpus):
+        _check_engine(cpu.engine, SAVED_BESIDE_STATE, f"cpu {index}")
+
+
+def _missing_regions(machine: Machine, saved: MachineShape) -> list[RegionShape]:
+    """Memory that only the checkpoint has, such as its firmware: it is added."""
+    return [r for r in saved.memory if machine.memory.overlapping(r.base, r.size) is None]
+
+
+def _check_engine(engine: Mapping[str, Any], names: Collection[str], whose: str) -> None:
+    if missing := ", ".join(sorted(names - engine.keys())):
+        raise CheckpointError(f"{whose}: not as a machine saves it: {missing} is missing")
 
 
 def put_back(machine: Machine, checkpoint: Checkpoint) -> None:
-    """Have the machine be as it was; `check_fits` has been called, no device activity runs."""
+    """Have the machine be as it was; `check_fits` has been called, no device activity runs.
+
+    Raises:
+        CheckpointError: a device, or KVM, cannot take its state; the machine is as it was.
+        HostError: the host refused; the machine is in no defined state.
+    """
     engine, devices = checkpoint.engine, checkpoint.devices
+    machine.platform.restore_cpuid(checkpoint.vm)
+    _check_loads(machine, devices)
+    for region in _missing_regions(machine, checkpoint.shape):
+        machine.memory.add_region(region.base, region.size, readonly=region.readonly)
     MemoryImage.of(checkpoint).put_into(machine.memory)
     machine.clock.set(checkpoint.time_ns)
     machine.pio.unmapped = Unmapped(engine["pio_unmapped"])
     machine.mmio.unmapped = Unmapped(engine["mmio_unmapped"])
     machine.fault_frame = engine["fault_frame"]
     # The lines first: what their edges do to controllers and vCPUs is then overwritten.
-    for number, line in machine.lines.items():
-        line.set(engine["lines"].get(str(number), False))
+    for number in {*machine.lines, *(int(number) for number in engine["lines"])}:
+        machine.irq(number).set(engine["lines"].get(str(number), False))
     for name, saved in devices.items():
         machine.devices[name].irq.set(saved.irq)
     for name, saved in devices.items():
@@ -183,10 +205,27 @@ def put_back(machine: Machine, checkpoint: Checkpoint) -> None:
     for vcpu, saved_cpu in zip(machine.vcpus, checkpoint.cpus, strict=True):
         vcpu.restore(saved_cpu)
     _put_statistics(machine.stats.groups(), checkpoint.statistics)
-    outcome = engine["outcome"]
-    machine.keep_outcome(None if outcome is None else _outcome(dict(outcome)))
+    machine.keep_outcome(_kept_outcome(engine))
     for device in machine.devices.values():
         device.update()
+
+
+def _check_loads(machine: Machine, devices: Mapping[str, SavedDevice]) -> None:
+    """See whether all devices can take their states; if one cannot, all get theirs back."""
+    before = {name: save_device(machine.devices[name]) for name in devices}
+    try:
+        for name, saved in devices.items():
+            _load_state(machine.devices[name], saved)
+    except BaseException:
+        for name, saved in before.items():
+            _load_state(machine.devices[name], saved)
+        raise
+
+
+def _check_registers(device: Device, saved: SavedDevice) -> None:
+    names = {register.name for register in device.registers}
+    if differing := ", ".join(sorted(names ^ saved.registers.keys())):
+        raise CheckpointError(f"{device.name}: a version with other registers: {differing}")
 
 
 def load_device(device: Device, saved: SavedDevice) -> None:
@@ -195,19 +234,20 @@ def load_device(device: Device, saved: SavedDevice) -> None:
     Raises:
         CheckpointError: the state is of another version of the device.
     """
-    registers = {register.name: register for register in device.registers}
-    if registers.keys() != saved.registers.keys():
-        differing = ", ".join(sorted(registers.keys() ^ saved.registers.keys()))
-        raise CheckpointError(f"{device.name}: a version with other registers: {differing}")
-    for name, value in saved.registers.items():
-        registers[name].load(device, value)
+    _check_registers(device, saved)
+    _load_state(device, saved)
+    device.alarm.load(saved.alarm)
+
+
+def _load_state(device: Device, saved: SavedDevice) -> None:
+    for register in device.registers:
+        register.load(device, saved.registers[register.name])
     try:
         device.load(saved.state)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{device.name} cannot take its state back: {type(error).__name__}: {error}"
         ) from error
-    device.alarm.load(saved.alarm)
 
 
 def _put_statistics(
@@ -220,11 +260,11 @@ def _put_statistics(
                 setattr(group, field, value)
 
 
-def _outcome(plain: dict[str, Any]) -> Outcome:
-    kind = _OUTCOMES.get(str(plain.pop("kind", None)))
-    if kind is None:
-        raise CheckpointError("the outcome that is kept is not one of kvmaio's")
+def _kept_outcome(engine: Mapping[str, Any]) -> Outcome | None:
+    if engine["outcome"] is None:
+        return None
     try:
-        return kind(**plain)
-    except TypeError as error:
+        plain = dict(engine["outcome"])
+        return _OUTCOMES[plain.pop("kind")](**plain)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the outcome that is kept: {error}") from None

@@ -29,7 +29,9 @@ def switch_cpu(machine: Machine, cpu: str) -> None:
         models = machine.create_models(platform)
         for model in models:
             undo.callback(model.close)
-        platform.restore(old.save())
+        vm = old.save()
+        platform.restore_cpuid(vm)
+        platform.restore(vm)
         switched_out = []
         for vcpu, model in zip(machine.vcpus, models, strict=True):
             switched_out.append(vcpu.take_over(model))

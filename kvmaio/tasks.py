@@ -68,8 +68,8 @@ class Tasks:
         await asyncio.wait([task])
 
     def start(self, device: Device) -> None:
-        """Start the device's own activity, if it has one."""
-        if type(device).run is not Device.run:
+        """Start the device's own activity, if it has one. Idempotent."""
+        if type(device).run is not Device.run and device.name not in self._activities:
             activity = self.watched(device.run(), f"{device.name}.run()")
             self._activities[device.name] = self._spawn(activity, device.name)
 
@@ -88,25 +88,15 @@ class Tasks:
             self._on_failure(error)
 
     async def end_activities(self) -> None:
-        """Cancel the devices' activities and wait for their ends."""
+        """Cancel the devices' activities and wait, come what may, for their ends."""
         activities, self._activities = list(self._activities.values()), {}
-        for task in activities:
-            task.cancel()
-            self._all.remove(task)
-        if activities:
-            await asyncio.wait(activities, timeout=SETTLE_LIMIT_S)
-        _report(activities)
+        self._all = [task for task in self._all if task not in activities]
+        await _end(activities)
 
     async def end(self) -> None:
         """Cancel all of them and wait, come what may, for their ends."""
         tasks, self._all = self._all, []
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await wait_uncancelled(
-                asyncio.ensure_future(asyncio.wait(tasks, timeout=SETTLE_LIMIT_S))
-            )
-        _report(tasks)
+        await _end(tasks)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine, name=f"{self._name}.{name}")
@@ -117,6 +107,14 @@ class Tasks:
         self._serving.remove(task)
         if task in self._all:
             self._all.remove(task)
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await wait_uncancelled(asyncio.ensure_future(asyncio.wait(tasks, timeout=SETTLE_LIMIT_S)))
+    _report(tasks)
 
 
 def _report(tasks: list[asyncio.Task[None]]) -> None:

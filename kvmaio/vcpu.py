@@ -46,6 +46,14 @@ if TYPE_CHECKING:
 
 __all__ = ["VCpu", "VCpuHooks", "VCpuOwner", "VCpuState", "current_vcpu", "serving_vcpu"]
 
+SAVED_BESIDE_STATE = frozenset(
+    {
+        *("active", "fresh", "halted", "suspended", "awaits_start_up", "was_stepped"),
+        *("vectors", "nmi", "instructions"),
+    }
+)
+"""What `VCpu.save()` knows beside the processor's state."""
+
 APIC_BASE = 0xFEE0_0800
 APIC_BASE_BSP = 1 << 8
 """IA32_APIC_BASE after power-on, and its bit that only the boot processor has (SDM 11.4.4)."""
@@ -144,6 +152,8 @@ class VCpu:
         awaits_start_up: it is idle because of INIT.
         was_stepped: `run()` has been called.
         held: a debugger keeps it out of its guest while others run.
+        gives_up_failed: a drain leaves an exit alone whose service has failed, for a restore
+            is to follow.
     """
 
     def __init__(
@@ -196,6 +206,8 @@ class VCpu:
         self._draining = self._at_rest = False
         self._resumes = False  # drained while it was active
         self._drain_error: Exception | None = None
+        self._service_failed = False  # of the exit due
+        self.gives_up_failed = False
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._restored: CpuState | None = None  # and not entered since
         self._pristine: CpuState | None = None  # as after power-on
@@ -436,6 +448,7 @@ class VCpu:
         if self.held:
             return
         self._restored = None
+        self._service_failed = False
         self._allowed = True
         self._wake.set()
 
@@ -505,7 +518,14 @@ class VCpu:
         """All state, at rest. What was restored and not entered since is given as it was.
 
         The processor's clocks go on, and KVM hands some values back in another form.
+
+        Raises:
+            ConfigurationError: it is in the middle of an access that could not be served.
         """
+        if self._exit_due and not self._service.is_final():
+            raise ConfigurationError(
+                f"{self.name} cannot be saved: {self._service.describe_exit()} could not be served"
+            )
         registers = attrs.evolve(self._registers.get())
         self._entry.push_registers()
         state = self.model.read_state()
@@ -536,6 +556,7 @@ class VCpu:
         self._init_due, self._start_up_due = False, None
         self._exit_due = self._begun = False
         self._drain_error = None
+        self._entry.abandon_access()
         self.model.write_state(saved.state)
         self._registers.taken(saved.state.context)
         self._entry.page_is_stale = True
@@ -751,7 +772,7 @@ class VCpu:
                 await entry.left()  # it is being run by hand
             elif entry.events is not None and entry.events.fired:
                 await entry.events.let_waiters_run()
-            elif self._exit_due and not self._service.is_final():
+            elif self._exit_due and not self._stays_due:
                 pending = self._begin_watched()
                 if pending is not None:
                     rest = drive(pending)
@@ -764,6 +785,11 @@ class VCpu:
                 self._rest_now()
             else:
                 self._restored = None
+
+    @property
+    def _stays_due(self) -> bool:
+        """Is nothing to be done about the exit due?"""
+        return self._service.is_final() or (self._service_failed and self.gives_up_failed)
 
     def _rest_now(self) -> None:
         self._registers.get()
@@ -869,9 +895,10 @@ class VCpu:
     def _fail(self, error: Exception) -> None:
         if self._state is not IDLE and self._exit_due:
             self._state = SERVICE
+        self._service_failed = self._exit_due
         self._allowed = False
         self._explain(error)
-        if self._draining:
+        if self._draining and not (self._exit_due and self.gives_up_failed):
             self._drain_error = error
             self._tell_drain_waiters()
         self._owner.failed(self, error)

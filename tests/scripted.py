@@ -332,6 +332,9 @@ class ScriptedPlatform:
     def save(self) -> dict[str, bytes | int]:
         return {}
 
+    def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
+        pass
+
     def restore(self, saved: dict[str, bytes | int]) -> None:
         pass
 

@@ -14,7 +14,7 @@ from ._native import lib
 from .cpu import KvmCpu
 from .fast import FastPaths
 from .hub import Hub
-from .saving import get_vm_state, set_vm_state
+from .saving import get_vm_state, set_cpuid_tables, set_vm_state
 from .vm import KvmVm
 
 __all__ = ["KvmPlatform"]
@@ -135,8 +135,11 @@ class KvmPlatform:
     def save(self) -> dict[str, bytes | int]:
         return get_vm_state(self.vm, self._cpus)
 
+    def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
+        set_cpuid_tables(self._cpus, saved)
+
     def restore(self, saved: dict[str, bytes | int]) -> None:
-        set_vm_state(self.vm, self._cpus, saved)
+        set_vm_state(self.vm, saved)
 
     def close(self) -> None:
         if self._fast is not None:

@@ -63,14 +63,13 @@ def get_vm_state(vm: KvmVm, cpus: Sequence[HasCpuid]) -> State:
     return state
 
 
-def set_vm_state(vm: KvmVm, cpus: Sequence[HasCpuid], state: State) -> None:
-    """Take it back. What another CPU model has saved is not there, and stays as it is.
+def set_vm_state(vm: KvmVm, state: State) -> None:
+    """Take back the rest. What another CPU model has saved is not there, and stays as it is.
 
     Raises:
-        CheckpointError: a structure is not KVM's, or the guest has run with other CPUID.
+        CheckpointError: a structure is not KVM's.
         HostError: the host refused.
     """
-    set_cpuid_tables(cpus, state)
     try:
         if isinstance(clock := state.get("kvm_clock"), int):
             vm.set_clock(clock)

@@ -149,8 +149,10 @@ class SoftPlatform:
     def save(self) -> dict[str, bytes | int]:
         return get_cpuid_tables(self._cpus)
 
-    def restore(self, saved: dict[str, bytes | int]) -> None:
+    def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
         set_cpuid_tables(self._cpus, saved)
+
+    def restore(self, saved: dict[str, bytes | int]) -> None:
         self._machine.forget_code()
 
     def close(self) -> None:

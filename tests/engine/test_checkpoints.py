@@ -19,12 +19,15 @@ from kvmaio import (
     Machine,
     Register,
     Stopped,
+    UnmappedAccess,
     VCpuState,
 )
 from kvmaio.boot import Flat
 from kvmaio.checkpoint import SavedCpu
 from kvmaio.devices import CountdownTimer, DebugExit
 from kvmaio.errors import ConfigurationError
+from kvmaio.snapshot import ENGINE
+from kvmaio.vcpu import SAVED_BESIDE_STATE
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
 
@@ -323,10 +326,170 @@ async def test_state_that_a_device_cannot_take_names_it():
             self.value = state["value"]
 
     async with deadline(), Machine(memory="1M") as machine:
+        diary = machine.attach(Kept(), pio=0x20)
         machine.attach(Fussy(), pio=0x10)
         saved = await machine.checkpoint()
+        diary.state = 1
+        machine.memory.write(0x5000, b"new")
         with pytest.raises(CheckpointError, match="fussy0 cannot take its state back: KeyError"):
             await machine.restore(saved)
+        assert (diary.state, machine.memory.read(0x5000, 3)) == (1, b"new")  # as it was
+
+
+class Kept(Device):
+    """A register that is kept, and an activity; both can be looked at."""
+
+    size = 1
+    state = 0
+    active = 0
+
+    async def run(self):
+        self.active += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.005)
+            self.active -= 1
+
+    def save(self):
+        return {"state": self.state}
+
+    def load(self, state):
+        self.state = state["state"]
+
+
+@pytest.mark.kvm
+async def test_other_cpuid_is_refused_and_changes_nothing():
+    async with deadline(), Machine(memory="1M", cpuid="host") as one:
+        one.load(Flat(b"\xf4", 0x1000))
+        saved = await one.checkpoint()
+    async with deadline(), Machine(memory="1M", cpuid="emulator-safe") as other:
+        other.load(Flat(b"\xf4", 0x1000))
+        await other.run()
+        other.memory.write(0x5000, b"new")
+        with pytest.raises(CheckpointError, match="CPUID differs"):
+            await other.restore(saved)
+        assert other.memory.read(0x5000, 3) == b"new"
+
+
+@pytest.mark.kvm
+async def test_checkpoint_that_no_machine_made_is_refused():
+    async with deadline(), Machine(memory="1M") as machine:
+        saved = await machine.checkpoint()
+        parts = {
+            name: getattr(saved, name)
+            for name in ("shape", "devices", "vm", "time_ns", "statistics", "created_by")
+        }
+        (cpu,) = saved.cpus
+        assert cpu.engine.keys() == SAVED_BESIDE_STATE
+        assert saved.engine.keys() == ENGINE
+        machine.memory.write(0x5000, b"new")
+        for engine, cpus, complaint in (
+            ({}, [cpu], "machine: not as a machine saves it: fault_frame, lines,"),
+            (saved.engine, [SavedCpu(cpu.state)], "cpu 0: not as a machine saves it: active,"),
+            (saved.engine | {"outcome": {"kind": "Other"}}, [cpu], "the outcome that is kept"),
+        ):
+            odd = Checkpoint(memory=saved.memory, cpus=cpus, engine=engine, **parts)
+            with pytest.raises(CheckpointError, match=complaint):
+                await machine.restore(odd)
+        assert machine.memory.read(0x5000, 3) == b"new"
+
+
+# ---- what happens meanwhile, or has happened before -----------------------------------------
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("pending", [False, True], ids=["failed", "fails meanwhile"])
+async def test_reset_behind_a_handler_that_has_failed(boot, pending):
+    """The access is given up; a drain without a restore would try it again, and refuses."""
+    go_on = asyncio.Event()
+
+    async def fail() -> None:
+        await go_on.wait()
+        raise ZeroDivisionError("the device's own")
+
+    machine = boot("in al, 0x60", "hlt")
+    machine.attach(Diary(during=fail), pio=0x60)
+    async with deadline():
+        saved = await machine.checkpoint()
+        for _ in range(3):
+            run = asyncio.create_task(machine.run())
+            await until(lambda: machine.vcpus[0].state is PENDING)
+            if pending:
+                restore = asyncio.create_task(machine.restore(saved))
+                await until(lambda: machine.barrier.is_moving)
+                go_on.set()
+                await restore
+                with pytest.raises(ZeroDivisionError):
+                    await run
+            else:
+                go_on.set()
+                with pytest.raises(ZeroDivisionError):
+                    await run
+                with pytest.raises(ConfigurationError, match="cannot be drained"):
+                    await machine.checkpoint()
+                await machine.restore(saved)
+            go_on.clear()
+            again = await machine.checkpoint()
+            assert again.cpus == saved.cpus
+
+
+@pytest.mark.kvm
+async def test_reset_behind_an_access_to_nothing(boot):
+    machine = boot("in al, 0x60", "hlt")
+    async with deadline():
+        saved = await machine.checkpoint()
+        for _ in range(3):
+            with pytest.raises(UnmappedAccess):
+                await machine.run()
+            await machine.restore(saved)
+        assert machine.vcpus[0].context.rip == saved.cpus[0].state.context.rip
+
+
+@pytest.mark.kvm
+async def test_run_that_is_stopped_meanwhile_ends(boot):
+    machine = boot("spin: jmp spin")
+    async with deadline():
+        saved = await machine.checkpoint()
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        async with machine.drained():
+            machine.stop("meanwhile")
+            await machine.restore(saved)
+        assert await run == Stopped("meanwhile")
+
+
+@pytest.mark.kvm
+async def test_each_activity_runs_once(boot):
+    """Two restores at a time, and one that is cancelled while an activity takes its time to end."""
+    machine = boot("spin: jmp spin")
+    device = machine.attach(Kept(), pio=0x60)
+    async with deadline():
+        saved = await machine.checkpoint()
+        run = asyncio.create_task(machine.run())
+        await until(lambda: device.active)
+        await asyncio.gather(machine.restore(saved), machine.restore(saved))
+        await asyncio.sleep(0.02)
+        assert device.active == 1
+        restore = asyncio.create_task(machine.restore(saved))
+        await until(lambda: machine.barrier.is_down)
+        await asyncio.sleep(0)
+        restore.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await restore
+        await asyncio.sleep(0.02)
+        assert device.active == 1
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_line_that_nobody_has_asked_for_yet(boot):
+    machine, other = boot("hlt"), boot("hlt")
+    machine.irq(5).set(True)
+    async with deadline():
+        await other.restore(await machine.checkpoint())
+        assert other.irq(5).level
 
 
 @pytest.mark.kvm
