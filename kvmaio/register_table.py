@@ -16,7 +16,7 @@ __all__ = ["register_table"]
 
 def register_table(device: type[Device]) -> str:
     """A table of the registers of `device`, and one for each type that has named bits."""
-    title = inspect.getdoc(device) or ""
+    title = inspect.cleandoc(vars(device).get("__doc__") or "")  # its own, not its base's
     lines = [f"## {device.__name__}", "", *title.partition("\n\n")[0].splitlines(), ""]
     if not device.registers:
         lines += ["It declares no registers; `read()` and `write()` answer for themselves.", ""]
