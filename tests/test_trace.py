@@ -19,7 +19,7 @@ from kvmaio import Device, Exited, GuestError, Halted, Machine, Register
 from kvmaio.bus import Bus
 from kvmaio.devices import CountdownTimer
 from kvmaio.errors import ConfigurationError
-from kvmaio.pytest_plugin import why_not_soft
+from kvmaio.pytest_plugin import why_not_kvm, why_not_soft
 from kvmaio.trace import (
     KINDS,
     AccessRecord,
@@ -180,6 +180,7 @@ async def test_a_drain_shows_and_time_may_be_set_back(boot, tmp_path):
 
 
 @pytest.mark.kvm
+@pytest.mark.skipif(why_not_kvm() is not None, reason="it takes KVM as well")
 @pytest.mark.skipif(why_not_soft() is not None, reason="the software CPU is not installed")
 async def test_a_trace_goes_on_with_another_cpu_model(boot):
     machine = boot("in al, 0x80", "out 0x80, al", "in al, 0x80", "hlt", cpu="kvm", memory="1M")

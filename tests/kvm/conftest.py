@@ -126,3 +126,12 @@ def second_vm(kvm):
         vm.attach_memory(memory)
         yield vm
     memory.close()
+
+
+@pytest.fixture
+def kvmaio_cpu(request: pytest.FixtureRequest) -> str:
+    """The machines of these tests run under KVM, whatever there is beside it."""
+    if (reason := usable()) is not None:
+        pytest.skip(reason)
+    request.node.user_properties.append(("cpu_model", "kvm"))
+    return "kvm"

@@ -127,6 +127,7 @@ def test_another_device_in_its_place():
     )
 
 
+@pytest.mark.kvm
 def test_no_permission_names_the_group(monkeypatch):
     def refuse(path, flags):
         raise PermissionError(errno.EACCES, "Permission denied", path)
