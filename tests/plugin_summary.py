@@ -9,7 +9,6 @@ Marked tests are skipped where their CPU model cannot run. `--must-run` makes a
 session in which no test passed a failure: a suite that skipped all proves nothing.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -26,11 +25,9 @@ CPU_MODELS = ("kvm", "soft")
 @cache
 def why_not_kvm() -> str | None:
     """What keeps the KVM tests from running here, or None."""
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return f"no usable /dev/kvm ({error.strerror}); see `kvmaio doctor`"
-    return None
+    from kvmaio.kvm.host import usable
+
+    return usable()
 
 
 @cache

@@ -309,6 +309,7 @@ def _seabios_text(output: bytes) -> list[bytes]:
     return sorted(line for line in output.splitlines() if not line.startswith(b"CPU Mhz="))
 
 
+@pytest.mark.kvm  # on the software CPU alone it has not been seen to get there
 @pytest.mark.skipif(not MEMTEST.exists(), reason=f"no {MEMTEST}: apt-get install memtest86+")
 def test_memtest86_shows_its_screen_of_results():
     """A bzImage in 64-bit mode, with the PC's timer; its screen is drawn on the serial port."""

@@ -128,7 +128,7 @@ def use_task_clock(machine):
     vcpu.model._timer_counter = use_counter(vcpu.model.handle, TASK_CLOCK)
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 @pytest.mark.parametrize("kind", ["posix", pytest.param("task-clock", marks=needs_events)])
 @pytest.mark.parametrize(("ticks", "factor"), [(1 * MS, 1.0), (5 * MS, 2.0), (1_000_001, 3.0)])
 async def test_a_run_never_ends_early(boot, kind, ticks, factor):
@@ -148,7 +148,7 @@ async def test_a_run_never_ends_early(boot, kind, ticks, factor):
     print(f"{kind}: {statistics.median(overshoots) / 1000:.0f} us late (median)")
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_less_than_the_resolution_is_raised_to_it(boot):
     machine = boot(*SPIN)
     (vcpu,) = machine.vcpus
@@ -159,7 +159,7 @@ async def test_less_than_the_resolution_is_raised_to_it(boot):
         assert time.monotonic_ns() - start_ns >= vcpu.model.resolution_ns
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 @pytest.mark.parametrize("kind", ["posix", pytest.param("task-clock", marks=needs_events)])
 async def test_a_late_timer_does_not_end_the_next_run(boot, kind):
     machine = boot("again: in al, 0x60", "jmp again")

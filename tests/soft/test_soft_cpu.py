@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,59 @@ def test_a_library_that_is_no_unicorn_is_refused(tmp_path):
     message = ffi.new("char[256]")
     if lib.kvmaio_soft_load(b"/nowhere/libunicorn.so.2", message, 256):
         assert b"cannot open" in ffi.string(message)
+
+
+# ---- simulated time ------------------------------------------------------------------------------
+
+
+class Pacer(Device):
+    """Interrupts the guest each 700 ns; answers reads by the time."""
+
+    size = 1
+
+    def read(self, offset: int, size: int) -> int:
+        return self.clock.now_ns & 0xFF
+
+    async def run(self) -> None:
+        self.alarm.arm(700)
+        async for deadline_ns in self.alarm:
+            self.irq.pulse()
+            self.alarm.arm(deadline_ns + 700)
+
+
+INTERRUPTED = (
+    *("mov word ptr [0xa0], offset handler", "mov word ptr [0xa2], 0", "sti", "mov cx, 500"),
+    *("again: in al, 0x10", "add bl, al", "rol bx, 3", "mul bx", "mov [0x3000], ax"),
+    *("loop again", "cli", "hlt", "handler: inc word ptr [0x3002]", "xor bx, [0x3000]", "iret"),
+)
+
+
+async def simulated_run() -> tuple[object, ...]:
+    async with Machine(cpu="soft", memory="1M") as machine:
+        machine.attach(Pacer(), pio=0x10, irq=8)
+        machine.load(Flat(assemble(INTERRUPTED, "real16", 0x1000), 0x1000))
+        async with deadline(30):
+            assert await machine.run() == Halted()
+        (vcpu,) = machine.vcpus
+        digest = hashlib.sha256(machine.memory.read(0, 1 << 20)).hexdigest()
+        return digest, vcpu.dump(), vcpu.stats.as_dict(), machine.clock.now_ns
+
+
+def test_the_same_program_makes_the_same_run():
+    first = kvmaio.run(simulated_run(), time="simulated")
+    # A busy host, whose threads take the processor and the GIL away at any moment.
+    stop = threading.Event()
+    threads = [
+        threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)]) for _ in range(3)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        second = kvmaio.run(simulated_run(), time="simulated")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert second == first
+    statistics = first[2]
+    assert isinstance(statistics, dict) and statistics["numInterrupts"] > 3
