@@ -126,19 +126,15 @@ class Alarm:
 
         An earlier deadline that has not rung yet is replaced.
         """
-        self.disarm()
         self.deadline_ns = deadline_ns
         if self.watcher is not None:
             self.watcher(deadline_ns, False)
-        if not self._held:
-            self._timer = self._clock.call_at_ns(deadline_ns, self._ring)
+        self._set_timer()
 
     def disarm(self) -> None:
         """Forget the deadline, if there is one."""
         self.deadline_ns = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._set_timer()
 
     def reset(self) -> None:
         """Forget the deadline, and those that rang but were not heard yet."""
@@ -148,8 +144,7 @@ class Alarm:
     def hold(self, held: bool) -> None:
         """Do not ring while held; what was due meanwhile rings afterwards."""
         self._held = held
-        if self.deadline_ns is not None:
-            self.arm(self.deadline_ns)
+        self._set_timer()
 
     def save(self) -> dict[str, object]:
         """The state for a checkpoint: absolute deadlines, in guest nanoseconds."""
@@ -172,8 +167,7 @@ class Alarm:
     def use_clock(self, clock: Clock) -> None:
         """Move to another clock; an armed deadline keeps its value."""
         self._clock = clock
-        if self.deadline_ns is not None:
-            self.arm(self.deadline_ns)
+        self._set_timer()
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self
@@ -186,6 +180,13 @@ class Alarm:
             finally:
                 self._waiter = None
         return self._rung.popleft()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.deadline_ns is not None and not self._held:
+            self._timer = self._clock.call_at_ns(self.deadline_ns, self._ring)
 
     def _ring(self) -> None:
         deadline_ns = self.deadline_ns

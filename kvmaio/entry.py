@@ -223,8 +223,8 @@ class Entry:
         """At most one per entry; what the guest cannot take yet asks for a window."""
         interrupts, model = self.interrupts, self.model
         page = model.page
-        if self.page_is_stale:
-            self.page_is_stale = False
+        stale, self.page_is_stale = self.page_is_stale, False
+        if stale and not self.registers.access_pending:  # which is of an entry since then
             model.half_entry()  # it then tells whether the guest takes interrupts
             self._count_half_entry()
         page.request_interrupt_window = 0

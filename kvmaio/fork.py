@@ -45,6 +45,7 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
                 copy.attach(clone, irq=machine.wiring[name], name=name, **place)
             copy.hypercall = machine.hypercall
             await copy.restore(checkpoint)
+            machine.check_open()  # nobody would close the copies with it
     except BaseException:
         for copy in copies:
             await copy.close()

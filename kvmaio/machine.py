@@ -303,6 +303,8 @@ class Machine(Board):
         self.watches_exits = bool(self.paths)
         if self._loop is not None:
             self._give_clock(device)
+        if self.barrier.is_down:
+            _hold_device(device, True)
         self.tracing.refresh()
         if self._has_run:
             self._tasks.start(device)
@@ -531,7 +533,7 @@ class Machine(Board):
             copies = await fork(self, count)
         for copy in copies:
             copy._is_copy = True
-        self._copies += copies
+        self._copies = [copy for copy in self._copies if not copy._closed] + copies
         return copies
 
     def like_this(self, name: str) -> Machine:
@@ -650,8 +652,7 @@ class Machine(Board):
 
     def _hold_devices(self, held: bool) -> None:
         for device in self.devices.values():
-            device.busy_sections.shut(held)
-            device.alarm.hold(held)
+            _hold_device(device, held)
 
     def _check_not_drained(self, what: str) -> None:
         if self.barrier.is_down or self.barrier.is_moving:
@@ -842,3 +843,8 @@ class Machine(Board):
 
     def __repr__(self) -> str:
         return f"<Machine {self.name}: {len(self.vcpus)} vCPUs, {self.memory.size >> 20} MiB>"
+
+
+def _hold_device(device: Device, held: bool) -> None:
+    device.busy_sections.shut(held)
+    device.alarm.hold(held)

@@ -115,7 +115,7 @@ class AlarmRecord(NamedTuple):
 
 
 class DrainRecord(NamedTuple):
-    """A step of the drain barrier, such as ``drained`` or ``resumed``."""
+    """A step of the drain barrier, such as ``at rest`` or ``goes on``."""
 
     time_ns: int
     source: str

@@ -6,6 +6,7 @@ import asyncio
 import operator
 import subprocess
 import sys
+from collections.abc import Callable
 
 import attrs
 import pytest
@@ -444,6 +445,34 @@ async def test_reset_behind_an_access_to_nothing(boot):
                 await machine.run()
             await machine.restore(saved)
         assert machine.vcpus[0].context.rip == saved.cpus[0].state.context.rip
+
+
+@pytest.mark.kvm
+async def test_pieces_of_an_access_behind_a_restore_are_all_served():
+    """An interrupt that comes between them, the first one since the restore, takes none away."""
+
+    class TwoPages(Device):
+        size = 0x2000
+
+        def __init__(self) -> None:
+            self.pieces: list[tuple[int, int]] = []
+            self.during: Callable[[], None] = int
+
+        def read(self, offset: int, size: int) -> int:
+            self.pieces.append((offset, size))
+            self.during()
+            return 0x2211 if offset == 0xFFE else 0x4433
+
+    lines = ("mov ax, 0xd000", "mov ds, ax", "mov eax, [0xffe]", "hlt")
+    async with deadline(), Machine(memory=0xD0000) as machine:
+        device = machine.attach(TwoPages(), mmio=0xD0000)
+        machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
+        cpu = machine.vcpus[0]
+        await machine.restore(await machine.checkpoint())
+        device.during = lambda: cpu.trigger(0x30)
+        assert await machine.run() == Halted()
+        assert device.pieces == [(0xFFE, 2), (0x1000, 2)]
+        assert cpu.context.rax == 0x44332211
 
 
 @pytest.mark.kvm

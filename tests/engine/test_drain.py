@@ -13,6 +13,7 @@ from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import ConfigurationError
 from kvmaio.exits import EndRun
+from kvmaio.trace import Record
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
 from tests.scripted import (
@@ -343,6 +344,45 @@ async def test_alarm_does_not_ring_while_drained(boot):
         await until(lambda: device.rang)
         machine.stop()
         await run
+
+
+@pytest.mark.kvm
+async def test_device_that_is_attached_meanwhile_is_at_rest_too(boot):
+    class Late(Device):
+        size = 1
+        rang = worked = False
+
+        async def run(self) -> None:
+            self.alarm.arm(self.clock.now_ns)
+            async with self.busy():
+                self.worked = True
+            async for _ in self.alarm:
+                self.rang = True
+
+    machine = boot(*SPIN)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: machine.vcpus[0].inside)
+        async with machine.drained():
+            device = machine.attach(Late(), pio=0x60)
+            await asyncio.sleep(0.01)
+            assert not (device.worked or device.rang)
+        await until(lambda: device.worked and device.rang)
+        machine.stop()
+        await run
+
+
+@pytest.mark.kvm
+async def test_trace_tells_of_no_alarm_that_nobody_sets(boot):
+    machine = boot("hlt")
+    device = machine.attach(Diary(), pio=0x60)
+    records: list[Record] = []
+    machine.trace(records.append, only="alarm")
+    async with deadline():
+        device.alarm.arm(machine.clock.now_ns + 10**12)
+        async with machine.drained():
+            pass
+    assert [record.source for record in records] == [device.name]
 
 
 @pytest.mark.kvm
