@@ -84,7 +84,7 @@ class Entry:
         self.model = model
         self.registers.use_model(model)
         if self.events is not None:
-            self.events.close()
+            self.events.fail(ConfigurationError("another CPU model has taken over meanwhile"))
             self.events = None
 
     @property

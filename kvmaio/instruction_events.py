@@ -76,8 +76,8 @@ class InstructionEvents:
         """`fresh`: the guest has executed nothing since its reset."""
         self._stop = stop
         self._stats = stats
-        # (the stop's own count, order, future)
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        # (the stop's own count, order, future, is it one since the reset)
+        self._waiting: list[tuple[int, int, asyncio.Future[None], bool]] = []
         self._order = numbers()
         self._armed = False
         self._since_reset: int | None = None  # the count at `counted` 0; None: unknown
@@ -92,7 +92,9 @@ class InstructionEvents:
 
     def resume_at(self, count: int | None) -> None:
         """The guest has been restored to where it had executed `count` instructions."""
+        before = self._since_reset
         self._since_reset = None if count is None else count - self._stop.counted
+        self._move(before)
         self._tell()
 
     @property
@@ -118,14 +120,10 @@ class InstructionEvents:
         target = self._stop.counted + count
         if not from_now:
             if self._since_reset is None:
-                raise ConfigurationError(
-                    "how many instructions this vCPU has executed is unknown: it has run, and this "
-                    "host counts only while it single-steps. Ask before the first run, or with "
-                    "from_now=True"
-                )
+                raise ConfigurationError(_UNKNOWN)
             target = count - self._since_reset
         future = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (target, next(self._order), future))
+        heapq.heappush(self._waiting, (target, next(self._order), future, not from_now))
         return future
 
     def before_entry(self, limit_ns: int | None, access_pending: bool) -> int | None:
@@ -194,6 +192,21 @@ class InstructionEvents:
         while self.pending:
             heapq.heappop(self._waiting)[2].cancel()
 
+    def _move(self, before: int | None) -> None:
+        """What is `_since_reset` was `before`: who waits for a count since then still does."""
+        if before is None or self._since_reset == before:
+            return
+        waiting, self._waiting = self._waiting, []
+        for target, order, future, since_reset in waiting:
+            if not since_reset or future.done():
+                moved = target
+            elif self._since_reset is None:
+                future.set_exception(ConfigurationError(_UNKNOWN))
+                continue
+            else:
+                moved = target + before - self._since_reset
+            heapq.heappush(self._waiting, (moved, order, future, since_reset))
+
     def _run_freely(self) -> None:
         self._stop.disarm()
         self._armed = False
@@ -205,3 +218,9 @@ class InstructionEvents:
         count = self.count
         self._stats.numInsts = self._stats.totalInsts = count
         self._stats.ctrInsts = None if count is None else self._stop.counted
+
+
+_UNKNOWN = (
+    "how many instructions this vCPU has executed is unknown: it has run, and this host counts "
+    "only while it single-steps. Ask before the first run, or with from_now=True"
+)

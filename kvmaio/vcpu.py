@@ -21,6 +21,7 @@ This module is the only place that changes a vCPU's state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import enum
 from collections.abc import Awaitable, Callable
@@ -366,15 +367,19 @@ class VCpu:
                 way that it cannot; or the count since reset is unknown, as the guest
                 has run uncounted.
         """
-        events = self._entry.events
-        if events is None:
-            stop = instruction_stop(self.model)
-            events = self._entry.events = InstructionEvents(stop, self.stats, fresh=self._fresh)
+        events = self._events()
         future = events.add(count, from_now=from_now)
         if not self.inside and (not self._allowed or self._state is IDLE):
             events.complete_due()  # there may be no entry that would
         self.model.kick_run()
         await future
+
+    def _events(self) -> InstructionEvents:
+        events = self._entry.events
+        if events is None:
+            stop = instruction_stop(self.model)
+            events = self._entry.events = InstructionEvents(stop, self.stats, fresh=self._fresh)
+        return events
 
     def init(self) -> None:
         """INIT: reset the registers and wait for a start-up IPI (SDM vol. 3A, 9.4)."""
@@ -572,6 +577,9 @@ class VCpu:
         for vector in engine["vectors"]:
             self.interrupts.add(vector)
         self.interrupts.nmi = bool(engine["nmi"])
+        if engine["instructions"] is not None and self.model.instructions is None:
+            with contextlib.suppress(ConfigurationError):  # a host that cannot count
+                self._events()  # which knows it until the guest runs uncounted
         self._entry.recount(engine["instructions"])
 
     def take_over(self, model: CpuModel) -> CpuModel:

@@ -456,7 +456,7 @@ async def test_pieces_of_an_access_behind_a_restore_are_all_served():
 
         def __init__(self) -> None:
             self.pieces: list[tuple[int, int]] = []
-            self.during: Callable[[], None] = int
+            self.during: Callable[[], None] = lambda: None
 
         def read(self, offset: int, size: int) -> int:
             self.pieces.append((offset, size))

@@ -474,3 +474,48 @@ async def test_a_model_that_cannot_is_refused():
     vcpu = lone_vcpu(INTERRUPTED)
     with pytest.raises(ConfigurationError, match="this CPU model cannot stop"):
         await vcpu.at_instruction(3)
+
+
+# ---- drains, restores, switches ----------------------------------------------------------
+
+
+@pytest.mark.kvm
+async def test_counts_since_the_reset_go_with_a_restore(boot):
+    """Also with who waits for one; and into another machine."""
+    machine, other = boot(*["inc ax"] * 99, "hlt"), boot("hlt")
+    (vcpu,) = machine.vcpus
+
+    async def stop_at(count: int) -> None:
+        await vcpu.at_instruction(count)
+        machine.stop(f"at {count}")
+
+    assert await addresses(machine, [10])
+    async with deadline():
+        saved = await machine.checkpoint()
+        waits = [asyncio.create_task(stop_at(count)) for count in (30, 60)]
+        await asyncio.sleep(0)
+        assert await machine.run() == Stopped("at 30")
+        await machine.restore(saved)
+        assert vcpu.stats.numInsts == 10
+        assert await machine.run() == Stopped("at 60")
+        assert vcpu.context.rax == 60
+        await asyncio.gather(*waits)
+    async with deadline():
+        await other.restore(saved)
+        assert await addresses(other, [25])
+        assert other.vcpus[0].context.rax == 25
+        await other.run()  # uncounted
+        assert other.vcpus[0].stats.numInsts is None
+        assert (await other.checkpoint()).cpus[0].engine["instructions"] is None
+
+
+@pytest.mark.kvm
+async def test_who_waits_across_a_switch_is_told(boot):
+    machine = boot("spin: jmp spin")
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        waits = asyncio.create_task(vcpu.at_instruction(1_000_000))
+        await asyncio.sleep(0)
+        await machine.switch_cpu("kvm")
+        with pytest.raises(ConfigurationError, match="another CPU model has taken over"):
+            await waits
