@@ -22,6 +22,7 @@ from .bus import Bus
 from .clock import Clock
 from .device import Device
 from .devices import DebugExit, Uart16550
+from .lockstep import Difference, lockstep
 from .machine import Machine
 from .round_trip import LostState, check_round_trips
 from .strategies import BusAccess, register_accesses
@@ -30,10 +31,12 @@ __all__ = [
     "BenchMachine",
     "BusAccess",
     "BusDriver",
+    "Difference",
     "LostState",
     "ManualClock",
     "RecordingIrq",
     "check_round_trips",
+    "lockstep",
     "register_accesses",
     "settle",
 ]
