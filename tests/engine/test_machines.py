@@ -242,7 +242,7 @@ async def test_running_an_idle_vcpu_by_hand(boot):
 async def test_next_guest_finds_nothing_of_the_one_before(boot):
     """Not only its registers: MSRs, debug registers and FPU too."""
     dirty = boot(
-        *("mov eax, 0x12345678", "mov dr0, eax", "mov ecx, 0x174", "mov edx, 0", "wrmsr"),
+        *("mov eax, 0x12345678", "mov dr0, eax", "mov ecx, 0x176", "mov edx, 0", "wrmsr"),
         "hlt",
     )
     cpu = dirty.vcpus[0]
@@ -251,7 +251,7 @@ async def test_next_guest_finds_nothing_of_the_one_before(boot):
         await dirty.run()
         used = cpu.model.read_state()
         assert used.debug_registers[0] == 0x12345678
-        assert used.msrs[0x174] == 0x12345678
+        assert used.msrs[0x176] == 0x12345678
         dirty.load(Flat(b"\xf4", 0x1000))
         after = cpu.model.read_state()
         assert after.debug_registers == before.debug_registers
