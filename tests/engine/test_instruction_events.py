@@ -479,7 +479,7 @@ async def test_a_model_that_cannot_is_refused():
 # ---- drains, restores, switches ----------------------------------------------------------
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_counts_since_the_reset_go_with_a_restore(boot):
     """Also with who waits for one; and into another machine."""
     machine, other = boot(*["inc ax"] * 99, "hlt"), boot("hlt")
@@ -509,7 +509,7 @@ async def test_counts_since_the_reset_go_with_a_restore(boot):
         assert (await other.checkpoint()).cpus[0].engine["instructions"] is None
 
 
-@pytest.mark.kvm
+@pytest.mark.kvmaio_cpu("kvm")
 async def test_who_waits_across_a_switch_is_told(boot):
     machine = boot("spin: jmp spin")
     (vcpu,) = machine.vcpus
