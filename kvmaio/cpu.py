@@ -20,6 +20,7 @@ __all__ = [
     "EntryResult",
     "PostedWrite",
     "Segment",
+    "SystemState",
 ]
 
 
@@ -153,6 +154,15 @@ class CpuState:
     mp_state: int | None = None  # KVM_MP_STATE_*
     lapic: bytes | None = None  # kvm_lapic_state
     msrs: dict[int, int] = attrs.field(factory=dict)
+
+
+class SystemState(NamedTuple):
+    """What few instructions look at; the parts are those of `CpuState`."""
+
+    msrs: dict[int, int]
+    xcrs: dict[int, int]
+    debug_registers: tuple[int, ...]
+    events: bytes
 
 
 class EntryResult(enum.Enum):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .cpu import Context
 from .linear import code_address, code_bits, read_linear
 from .memory import GuestMemory
@@ -19,12 +21,9 @@ def disassemble(code: bytes, address: int, bits: int, *, most: int = 1 << 30) ->
         bits: 16, 32 or 64.
         most: how many instructions at most.
     """
-    try:
-        import capstone
-    except ImportError:
+    engine = _engine(bits)
+    if engine is None:
         return [f"{address:#x}: {code[:LONGEST].hex(' ')}  (kvmaio[disasm] would name it)"]
-    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
-    engine = capstone.Cs(capstone.CS_ARCH_X86, modes[bits])
     lines = []
     for at, size, name, operands in engine.disasm_lite(code, address, most):
         raw = code[at - address : at - address + size].hex(" ")
@@ -39,8 +38,25 @@ def disassemble_next(memory: GuestMemory, context: Context, count: int = 5) -> l
     return disassemble(code, address, code_bits(context), most=count) if code else []
 
 
-def instruction_name(code: bytes, context: Context) -> str | None:
-    """The first instruction of `code` by name, such as ``addps xmm0, xmm1``; None if unknown."""
-    (line,) = disassemble(code, 0, code_bits(context), most=1)
-    before, _, name = line[len("0x0: ") :].partition("  ")
-    return None if name.strip().startswith("(") or not before else name.strip() or None
+def instruction_name(code: bytes, bits: int) -> str | None:
+    """The first instruction of `code` as text, such as ``addps xmm0, xmm1``; None if unknown.
+
+    Args:
+        bits: 16, 32 or 64.
+    """
+    engine = _engine(bits)
+    if engine is None:
+        return None
+    for _, _, name, operands in engine.disasm_lite(code, 0, 1):
+        return f"{name} {operands}".rstrip()
+    return None
+
+
+def _engine(bits: int) -> Any:
+    """Capstone's disassembler; None where that is not installed."""
+    try:
+        import capstone
+    except ImportError:
+        return None
+    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
+    return capstone.Cs(capstone.CS_ARCH_X86, modes[bits])

@@ -294,6 +294,28 @@ class Entry:
 
     # ---- the model's registers ----------------------------------------------------------
 
+    def lend_registers(self, model: CpuModel) -> None:
+        """`model` has them now, and is in the middle of an access: edits wait for its end."""
+        registers = self.registers
+        registers.use_model(model)
+        if registers.newer is not _CONTEXT:  # as edited in the access before this one
+            registers.newer = _MODEL
+        registers.access_pending = True
+
+    def take_registers_back(self) -> None:
+        """The access of the model they were lent to is over; what was edited goes to that."""
+        registers = self.registers
+        registers.access_pending = False
+        if registers.newer is _CONTEXT:
+            registers.push()
+        registers.use_model(self.model)
+        registers.entered()
+
+    def assisted(self, instructions: int) -> None:
+        """Another model has executed so many of the guest's instructions."""
+        if self.events is not None:
+            self.events.executed_elsewhere(instructions)
+
     def abandon_access(self) -> None:
         """Have KVM forget a pending access, or it would write its data into a new state."""
         pieces = 0

@@ -13,6 +13,7 @@ from .exits import HaltExit
 from .trace.records import (
     AccessRecord,
     AlarmRecord,
+    AssistRecord,
     DrainRecord,
     ExitRecord,
     FaultRecord,
@@ -124,6 +125,9 @@ def describe_record(record: Record) -> str:
             return f"{line}: {'high' if level else 'low'}"
         case InterruptRecord(source=cpu, vector=vector):
             return f"{cpu}: {'NMI' if vector is None else f'interrupt {vector:#x}'} injected"
+        case AssistRecord(source=cpu, address=address, instructions=count):
+            what = record.instruction or record.code.hex(" ")
+            return f"{cpu}: {what} at {address:#x} in software, {count} instructions in all"
         case AlarmRecord(source=device, deadline_ns=deadline_ns, rang=rang):
             return f"{device}: alarm {'rings' if rang else f'armed for {deadline_ns} ns'}"
         case DrainRecord(source=machine, step=step):

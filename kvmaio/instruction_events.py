@@ -158,6 +158,14 @@ class InstructionEvents:
         self.stepping = taken is not result and not self.fired
         return taken
 
+    def executed_elsewhere(self, count: int) -> None:
+        """Another model has executed `count` instructions meanwhile."""
+        if self._armed:
+            self._stop.counted += count
+            self._tell()
+            if self.complete_due():
+                self.fired = True
+
     def complete_due(self) -> bool:
         """Complete what is reached; was anything?"""
         before = len(self._waiting)

@@ -294,8 +294,12 @@ class Machine(Board):
         self._tell_owner(model, vcpu)
         vcpu.on_hypercall(self._hypercall)
         if self._assist and model.kind == "kvm" and can_assist():
-            vcpu.assist_with(Assist(vcpu, self.memory, self.pio, self.mmio))
+            vcpu.assist_with(self._new_assist(vcpu))
         return vcpu
+
+    def _new_assist(self, vcpu: VCpu) -> Assist:
+        alone = self._vcpu_count == 1
+        return Assist(vcpu, self.memory, self.pio, self.mmio, may_stay=alone)
 
     # ---- wiring (what is the board's: board.py) ----------------------------------------
 

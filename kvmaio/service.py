@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from .assist import Assist, Assisted, NotAssisted
 from .bus import Bus
 from .decode import Reason
 from .disassembly import instruction_name
@@ -20,10 +21,10 @@ from .exits import (
     Stopped,
     SystemEventExit,
 )
+from .linear import code_bits
 from .suspension import Suspended, a_number, drive
 
 if TYPE_CHECKING:
-    from .assist import Assist
     from .cpu import CpuModel
     from .vcpu import VCpu
 
@@ -90,6 +91,8 @@ class Service:
 
     def is_final(self) -> bool:
         """Is the exit one that nothing answers, and that the next run would only report again?"""
+        if self.reason == Reason.INTERNAL_ERROR and self.assist is not None:
+            return bool(self._page.internal.suberror != _EMULATION)
         return self.reason not in _ANSWERED
 
     def begin(self) -> Awaitable[None] | None:
@@ -237,19 +240,21 @@ class Service:
         exit_ = self._vcpu.last_exit()
         assert isinstance(exit_, InternalErrorExit)
         is_kvm = self._vcpu.model.kind == "kvm"
-        if exit_.suberror == 1 and is_kvm and self.assist is not None:
-            self._stats.numAssists += 1
+        advice = _NO_ASSIST if is_kvm and exit_.suberror == _EMULATION else ""
+        if exit_.suberror == _EMULATION and is_kvm and self.assist is not None:
             self._vcpu.assist_begins()
-            return self.assist(exit_.instruction)
+            try:
+                return self.assist(exit_.instruction)
+            except NotAssisted as refused:
+                advice = f"; {refused}"
         who = "KVM" if is_kvm else "the software CPU"
         what = f"{who} cannot emulate an instruction"
-        if exit_.suberror != 1:
+        if exit_.suberror != _EMULATION:
             what = f"{who}: internal error"
         code = exit_.instruction
         where = f": bytes {code.hex(' ')}" if code else ""
-        if code and (name := instruction_name(code, self._vcpu.context)) is not None:
+        if code and (name := instruction_name(code, code_bits(self._vcpu.context))) is not None:
             where += f", {name}"
-        advice = _NO_ASSIST if is_kvm and exit_.suberror == 1 else ""
         raise EmulationFailure(
             f"{what}{where} (suberror {exit_.suberror}){advice}",
             suberror=exit_.suberror,
@@ -274,6 +279,16 @@ class Service:
     def _unexpected(self) -> None:
         raise GuestError(f"an exit that nothing answers: {self._vcpu.last_exit()}")
 
+    @property
+    def on_assist(self) -> Callable[[Assisted], None] | None:
+        """What is told of each assist, if somebody is."""
+        return None if self.assist is None else self.assist.on_end
+
+    @on_assist.setter
+    def on_assist(self, told: Callable[[Assisted], None] | None) -> None:
+        if self.assist is not None:
+            self.assist.on_end = told
+
     def close(self) -> None:
         """With the vCPU. Idempotent."""
         if self.assist is not None:
@@ -297,6 +312,7 @@ class Service:
         return str(self._vcpu.last_exit())
 
 
+_EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
 _NO_ASSIST = '; with cpu="auto" and kvmaio[soft] installed, the software CPU executes it'
 
 

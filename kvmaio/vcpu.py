@@ -38,12 +38,13 @@ from .entry import Entry
 from .errors import ConfigurationError, GuestError
 from .exits import EndRun, InterruptedExit, Outcome, VmExit
 from .instruction_events import InstructionEvents, instruction_stop
+from .registers_sync import Newer
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
 from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
 
 if TYPE_CHECKING:
-    from .assist import Assist
+    from .assist import Assist, Assisted
 
 __all__ = ["VCpu", "VCpuHooks", "VCpuOwner", "VCpuState", "current_vcpu", "serving_vcpu"]
 
@@ -111,11 +112,13 @@ class VCpuHooks:
         stalls: a handler has suspended, in words which; what it returns is called when the
             vCPU goes on.
         injected: an interrupt is injected; None is an NMI.
+        assisted: the software CPU has executed what KVM could not.
     """
 
     left: Callable[[EntryResult, int, int], None] | None = None
     stalls: Callable[[str], Callable[[], None]] | None = None
     injected: Callable[[int | None], None] | None = None
+    assisted: Callable[[Assisted], None] | None = None
 
 
 class VCpuOwner(Protocol):
@@ -628,6 +631,7 @@ class VCpu:
         """
         self._entry.on_end = self._entered
         self._entry.on_injection = hooks.injected
+        self._service.on_assist = hooks.assisted
         self.__dict__.pop("finish_service", None)
         if (left := hooks.left) is not None:
             entered_before, entry, service = self._entered, self._entry, self._service
@@ -859,9 +863,34 @@ class VCpu:
 
     def assist_begins(self) -> None:
         """Called by the service: the software CPU takes the model's registers, and edits them."""
-        self._begun = True
         self._entry.push_registers()
         self._registers.entered()
+
+    def assist_ends(self, instructions: int) -> None:
+        """Called by the assist: it has put the registers back."""
+        self._begun = True
+        self.stats.numAssists += 1
+        self._registers.entered()
+        self._entry.assisted(instructions)
+
+    def lend_registers(self, model: CpuModel) -> None:
+        """Called by the assist: `model` has them, and has left the guest for an access."""
+        self._entry.lend_registers(model)
+
+    def take_registers_back(self) -> None:
+        """Called by the assist: that access is complete, and `model` is up to date."""
+        self._entry.take_registers_back()
+
+    @property
+    def may_go_on(self) -> bool:
+        """May the guest be executed on without an entry that would look at what waits?"""
+        return (
+            self._allowed
+            and self._state is not IDLE
+            and self._entry.events is None
+            and not self.interrupts.need_attention
+            and self._registers.newer is not Newer.CONTEXT
+        )
 
     def assist_with(self, assist: Assist) -> None:
         """Have what KVM cannot emulate executed by `assist`."""

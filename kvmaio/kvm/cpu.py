@@ -377,6 +377,11 @@ class KvmCpu:
         return self._kvm.emulates_kernel_code
 
     @property
+    def is_debugged(self) -> bool:
+        """Is it to stop at breakpoints, or single-stepped?"""
+        return bool(self._breakpoints) or (self._stop is not None and self._stop.is_on)
+
+    @property
     def can_debug(self) -> bool:
         """Can the host single-step the guest?"""
         return bool(self._kvm.capability(lib.KVM_CAP_SET_GUEST_DEBUG))

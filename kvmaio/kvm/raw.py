@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..cpu import SystemState
 from . import state
 from ._native import ffi, lib
 from .gate import check
@@ -13,59 +14,90 @@ if TYPE_CHECKING:
 
 __all__ = ["RawRegisters"]
 
-_MSR_TSC, _MSR_TSC_AUX = 0x10, 0xC0000103
+_CR0_PE, _RFLAGS_VM, _EFER_LMA = 1 << 0, 1 << 17, 1 << 10
+
+_EXCEPTION = 8
+"""Bytes of the exception at the beginning of kvm_vcpu_events."""
+
+_MASKS_END = 16
+"""Behind kvm_vcpu_events' exception, interrupt and NMI; flags and SMM follow."""
 
 
 class RawRegisters:
     """kvm_regs, the beginning of kvm_sregs and the XSAVE area of one vCPU.
 
     Attributes:
+        cpu: whose they are.
         regs, sregs, xsave: where they lie; whoever is given these addresses edits in place.
     """
 
     def __init__(self, cpu: KvmCpu) -> None:
-        self._cpu = cpu
+        self.cpu = cpu
         self._get_xsave = cpu.get_xsave
         self._regs = ffi.new("struct kvm_regs *")
         self._sregs = ffi.new("struct kvm_sregs *")
         self._xsave = ffi.new("char[]", cpu.xsave_size)
         self._before: tuple[bytes, bytes] = b"", b""
+        self._events = b""
         self.regs, self.sregs, self.xsave = (
             int(ffi.cast("uintptr_t", part)) for part in (self._regs, self._sregs, self._xsave)
         )
 
     def fetch(self) -> None:
         """Have them as they are now; the guest must not be running, no access pending."""
-        fd = self._cpu.fd
+        fd = self.cpu.fd
         check(lib.kvmaio_ioctl(fd, lib.KVM_GET_REGS, self._regs), "KVM_GET_REGS")
         check(lib.kvmaio_ioctl(fd, lib.KVM_GET_SREGS, self._sregs), "KVM_GET_SREGS")
         check(lib.kvmaio_ioctl(fd, self._get_xsave, self._xsave), "KVM_GET_XSAVE")
         self._before = self._parts()
 
+    def where(self) -> tuple[int, int]:
+        """The linear address of the next instruction, and its 16, 32 or 64 bits."""
+        cs, rip = self._sregs.cs, int(self._regs.rip)
+        if self._sregs.efer & _EFER_LMA and cs.l:
+            return rip, 64
+        is_32 = self._sregs.cr0 & _CR0_PE and not self._regs.rflags & _RFLAGS_VM and cs.db
+        return int(cs.base) + rip & 0xFFFFFFFF, 32 if is_32 else 16
+
     def put_back(self) -> None:
-        """Give KVM what has changed."""
-        fd = self._cpu.fd
+        """Give KVM what has changed.
+
+        The general registers in any case: that drops the #UD which KVM has made pending
+        for the instruction that it could not emulate.
+        """
+        fd = self.cpu.fd
         sregs, xsave = self._parts()
         if sregs != self._before[0]:
             check(lib.kvmaio_ioctl(fd, lib.KVM_SET_SREGS, self._sregs), "KVM_SET_SREGS")
         if xsave != self._before[1]:
             check(lib.kvmaio_ioctl(fd, lib.KVM_SET_XSAVE, self._xsave), "KVM_SET_XSAVE")
         check(lib.kvmaio_ioctl(fd, lib.KVM_SET_REGS, self._regs), "KVM_SET_REGS")
-        self._cpu.registers_changed(int(self._sregs.cr8))
+        self.cpu.registers_changed(int(self._sregs.cr8))
 
     def _parts(self) -> tuple[bytes, bytes]:
         return bytes(ffi.buffer(self._sregs)), bytes(ffi.buffer(self._xsave))
 
-    @property
-    def xcr0(self) -> int:
-        """XCR0, asked of KVM each time."""
-        return state.get_xcrs(self._cpu.fd).get(0, 1)
+    def system(self, msrs: tuple[int, ...]) -> SystemState:
+        """What else an instruction may look at; of the MSRs, those with these indices."""
+        fd = self.cpu.fd
+        self._events = state.get_events(fd)
+        return SystemState(
+            state.get_msrs(fd, msrs),
+            state.get_xcrs(fd),
+            state.get_debug_registers(fd),
+            # Without the #UD, which is of the instruction that is to be executed now.
+            bytes(_EXCEPTION) + self._events[_EXCEPTION:],
+        )
 
-    @xcr0.setter
-    def xcr0(self, value: int) -> None:
-        state.set_xcrs(self._cpu.fd, {0: value})
-
-    @property
-    def clock(self) -> dict[int, int]:
-        """The MSRs that RDTSCP reads: the time stamp counter and its companion."""
-        return state.get_msrs(self._cpu.fd, (_MSR_TSC, _MSR_TSC_AUX))
+    def change_system(self, before: SystemState, after: SystemState) -> None:
+        """Give KVM what differs between the two; behind `put_back()`."""
+        fd = self.cpu.fd
+        written = {i: value for i, value in after.msrs.items() if before.msrs.get(i) != value}
+        if written:
+            state.set_msrs(fd, written)
+        if after.xcrs != before.xcrs:
+            state.set_xcrs(fd, after.xcrs)
+        if after.debug_registers != before.debug_registers:
+            state.set_debug_registers(fd, after.debug_registers)
+        if after.events != before.events:
+            state.set_events(fd, after.events[:_MASKS_END] + self._events[_MASKS_END:])

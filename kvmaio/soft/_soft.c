@@ -118,6 +118,15 @@ static int take_exception(struct cpu *cpu)
 	return kvmaio_deliver(cpu, vector, software, has_error, has_error ? error : 0);
 }
 
+/* An instruction that is nobody's here may be another model's: it has not begun. */
+static int leave_undefined(struct cpu *cpu)
+{
+	*(int *)((uint8_t *)cpu->registers + kvmaio_library.old_exception_offset) = -1;
+	kvmaio_give_back(cpu);
+	cpu->public.undefined = 1;
+	return gave_up(cpu);
+}
+
 static int start_engine(struct cpu *cpu)
 {
 	int error = 0;
@@ -134,6 +143,8 @@ static int start_engine(struct cpu *cpu)
 	case STOP_ACCESS:
 		return exit_for_access(cpu);
 	case STOP_EXCEPTION:
+		if (cpu->vector == 6 && cpu->public.keeps_undefined)
+			return leave_undefined(cpu);
 		error = take_exception(cpu);
 		break;
 	case STOP_SYSCALL:

@@ -13,7 +13,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
-from ..cpu import Context, CpuState, EntryResult, PostedWrite
+from ..cpu import Context, CpuState, EntryResult, PostedWrite, SystemState
 from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from ..kvm.context import context_from, store
@@ -233,21 +233,27 @@ class SoftCpu:
         lib.kvmaio_soft_set(self.handle, regs, sregs)
 
     def read_state(self) -> CpuState:
-        handle = self.handle
-        events = ffi.new("struct kvm_vcpu_events *")
-        lib.kvmaio_soft_get_events(handle, events)
-        debug = ffi.new("uint64_t[6]")
-        lib.kvmaio_soft_get_debug_registers(handle, debug)
+        msrs, xcrs, debug_registers, events = self.system()
         state = CpuState(
             context=self.read_context(),
             xsave=self._read_xsave(),
-            xcrs={0: self.xcr0},
-            debug_registers=tuple(debug),
-            events=bytes(ffi.buffer(events)),
+            xcrs=xcrs,
+            debug_registers=debug_registers,
+            events=events,
             mp_state=0,
-            msrs=self._read_msrs(),
+            msrs=msrs,
         )
         return self._kept.give_back(state)
+
+    def system(self) -> SystemState:
+        """What there is beside the context and the vector registers."""
+        events = ffi.new("struct kvm_vcpu_events *")
+        lib.kvmaio_soft_get_events(self.handle, events)
+        debug = ffi.new("uint64_t[6]")
+        lib.kvmaio_soft_get_debug_registers(self.handle, debug)
+        return SystemState(
+            self._read_msrs(), {0: self.xcr0}, tuple(debug), bytes(ffi.buffer(events))
+        )
 
     def _read_xsave(self) -> bytes:
         area = ffi.new("uint8_t[]", _XSAVE_SIZE)
@@ -267,7 +273,6 @@ class SoftCpu:
         return bool(lib.kvmaio_soft_has_event(self.handle))
 
     def write_state(self, saved: CpuState) -> None:
-        handle = self.handle
         # Segments after the MSRs: among those are the bases of FS and GS, and EFER.
         self.set_msrs(saved.msrs)
         self.write_context(saved.context)
@@ -275,22 +280,34 @@ class SoftCpu:
             self.write_xsave(saved.xsave)
         if 0 in saved.xcrs:
             self.xcr0 = saved.xcrs[0] & _X87_SSE or 1
-        lib.kvmaio_soft_set_debug_registers(handle, ffi.new("uint64_t[6]", saved.debug_registers))
+        self.set_debug_registers(saved.debug_registers)
         if saved.events is not None:
-            events = ffi.new("struct kvm_vcpu_events *")
-            buffer = ffi.buffer(events)
-            if len(saved.events) != len(buffer):
-                raise ConfigurationError(
-                    f"{len(saved.events)} bytes of events, where {len(buffer)} are expected"
-                )
-            buffer[:] = saved.events
-            lib.kvmaio_soft_set_events(handle, events)
+            self.set_events(saved.events)
         report = self._kept.keep(saved)
         if (
             report and report not in _reported
         ):  # once: a machine may be handed over a thousand times
             _reported.add(report)
             _log.warning("the software CPU keeps aside what it cannot hold: %s", report)
+
+    def set_debug_registers(self, values: Sequence[int]) -> None:
+        """Put DR0 to DR3, DR6, DR7."""
+        lib.kvmaio_soft_set_debug_registers(self.handle, ffi.new("uint64_t[6]", values))
+
+    def set_events(self, events: bytes) -> None:
+        """Put kvm_vcpu_events.
+
+        Raises:
+            ConfigurationError: it is of another size.
+        """
+        structure = ffi.new("struct kvm_vcpu_events *")
+        buffer = ffi.buffer(structure)
+        if len(events) != len(buffer):
+            raise ConfigurationError(
+                f"{len(events)} bytes of events, where {len(buffer)} are expected"
+            )
+        buffer[:] = events
+        lib.kvmaio_soft_set_events(self.handle, structure)
 
     def write_xsave(self, xsave: bytes) -> None:
         """x87 and SSE; a component that is not marked present is in its initial state."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from ..cpu import SystemState
 from ._soft import ffi, lib
+from .msrs import MSRS
 
 if TYPE_CHECKING:
     from .cpu import SoftCpu
 
 __all__ = ["Loan"]
 
+_TSC, _APIC_BASE = 0x10, 0x1B
+_TAKEN = tuple(index for index in MSRS if index != _APIC_BASE)  # which is in kvm_sregs
 _FXSAVE = 512
 _XSTATE_BV = 512  # offset in the XSAVE area
 _X87_SSE = 0b11
@@ -23,6 +27,12 @@ class Lender(Protocol):
     regs: int
     sregs: int
     xsave: int
+
+    def system(self, msrs: tuple[int, ...]) -> SystemState:
+        """What else an instruction may look at; of the MSRs, those with these indices."""
+
+    def change_system(self, before: SystemState, after: SystemState) -> None:
+        """Take over what differs between the two."""
 
 
 class Loan:
@@ -57,3 +67,22 @@ class Loan:
             ffi.memmove(self._xsave, self._fpu, 24 + 4)  # the mask behind MXCSR is the host's
             ffi.memmove(self._xsave + 32, self._fpu + 32, 416 - 32)
             self._xsave[_XSTATE_BV] = int(self._xsave[_XSTATE_BV]) | _X87_SSE
+
+    def take_system(self, lender: Lender) -> None:
+        """What else an instruction may look at, behind `take()`."""
+        cpu, system = self._cpu, lender.system(_TAKEN)
+        cpu.set_msrs(system.msrs)
+        if 0 in system.xcrs:
+            cpu.xcr0 = system.xcrs[0]
+        cpu.set_debug_registers(system.debug_registers)
+        cpu.set_events(system.events)
+        self._tsc_offset = int(cpu.handle.tsc_offset)
+        self._system = cpu.system()
+
+    def give_system_back(self, lender: Lender) -> None:
+        """What the guest has changed of it, behind the registers."""
+        after = self._cpu.system()
+        if int(self._cpu.handle.tsc_offset) == self._tsc_offset:
+            # The time stamp counter went on meanwhile, over there as well, and by its own clock.
+            after.msrs.pop(_TSC, None)
+        lender.change_system(self._system, after)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .records import (
     AccessRecord,
     AlarmRecord,
+    AssistRecord,
     DrainRecord,
     ExitRecord,
     FaultRecord,
@@ -71,6 +72,7 @@ class ChromeTrace:
             StallRecord: self._stall,
             LineRecord: self._line,
             InterruptRecord: self._interrupt,
+            AssistRecord: self._assist,
             AlarmRecord: self._alarm,
             DrainRecord: self._drain,
             FaultRecord: self._fault,
@@ -143,6 +145,12 @@ class ChromeTrace:
     def _alarm(self, record: AlarmRecord) -> str:
         deadline_us = (record.deadline_ns - self._began_ns) / 1e3
         return self._instant(record, "alarm", "alarm" if record.rang else "arm", us=deadline_us)
+
+    def _assist(self, record: AssistRecord) -> str:
+        name = f"assist: {record.instruction or record.code.hex(' ')}"
+        return self._instant(
+            record, "assist", name, at=hex(record.address), instructions=record.instructions
+        )
 
     def _drain(self, record: DrainRecord) -> str:
         return self._instant(record, "drain", record.step)

@@ -15,6 +15,7 @@ __all__ = [
     "KINDS",
     "AccessRecord",
     "AlarmRecord",
+    "AssistRecord",
     "DrainRecord",
     "ExitRecord",
     "FaultRecord",
@@ -105,6 +106,26 @@ class InterruptRecord(NamedTuple):
     vector: int | None
 
 
+class AssistRecord(NamedTuple):
+    """The software CPU has executed what KVM could not emulate.
+
+    Attributes:
+        time_ns: when it was done.
+        source: the vCPU.
+        address: the linear address of the instruction.
+        code: its bytes, as far as KVM tells.
+        instruction: it as text; None without capstone (``kvmaio[disasm]``).
+        instructions: how many were executed in software, this one and those behind it.
+    """
+
+    time_ns: int
+    source: str
+    address: int
+    code: bytes
+    instruction: str | None
+    instructions: int
+
+
 class AlarmRecord(NamedTuple):
     """A device's alarm was armed for `deadline_ns`, or rang, whose deadline that was."""
 
@@ -136,6 +157,7 @@ Record = (
     | StallRecord
     | LineRecord
     | InterruptRecord
+    | AssistRecord
     | AlarmRecord
     | DrainRecord
     | FaultRecord
@@ -147,6 +169,7 @@ KINDS: dict[str, type[Record]] = {
     "stall": StallRecord,
     "irq": LineRecord,
     "interrupt": InterruptRecord,
+    "assist": AssistRecord,
     "alarm": AlarmRecord,
     "drain": DrainRecord,
     "fault": FaultRecord,

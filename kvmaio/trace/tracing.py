@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
+from ..assist import Assisted
 from ..bus import Bus, Mapping, Target
 from ..cpu import EntryResult
 from ..decode import Reason
+from ..disassembly import instruction_name
 from ..errors import ConfigurationError
 from ..irq import IrqLine
 from ..vcpu import VCpu, VCpuHooks
@@ -25,6 +27,7 @@ from .records import (
     KINDS,
     AccessRecord,
     AlarmRecord,
+    AssistRecord,
     DrainRecord,
     ExitRecord,
     FaultRecord,
@@ -259,6 +262,7 @@ def _vcpu_hooks(
     emit_exit = emitter(ExitRecord, name)
     emit_stall = emitter(StallRecord, name)
     emit_interrupt = emitter(InterruptRecord, name)
+    emit_assist = emitter(AssistRecord, name)
 
     def left(result: EntryResult, reason: int, ticks: int) -> None:
         assert emit_exit is not None
@@ -285,10 +289,17 @@ def _vcpu_hooks(
         assert emit_interrupt is not None
         emit_interrupt(InterruptRecord(now(), name, vector))
 
+    def assisted(assist: Assisted) -> None:
+        assert emit_assist is not None
+        address, bits, code, instructions = assist
+        text = instruction_name(code, bits)
+        emit_assist(AssistRecord(now(), name, address, code, text, instructions))
+
     return VCpuHooks(
         left if emit_exit is not None else None,
         stalls if emit_stall is not None else None,
         injected if emit_interrupt is not None else None,
+        assisted if emit_assist is not None else None,
     )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from kvmaio import Halted, Machine
+import kvmaio
+from kvmaio import Exited, Halted, Machine
+from kvmaio.assist import is_vector_extension
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import EmulationFailure
+from kvmaio.trace import AccessRecord, AssistRecord, Record
+from kvmaio.vcpu import current_vcpu
 from tests.assembler import assemble
-from tests.engine.support import deadline, host_only
+from tests.engine.support import Diary, deadline, host_only, until
 from tests.soft.test_soft_cpu import Window
 
 pytestmark = [
@@ -79,6 +86,239 @@ async def test_switched_off_it_is_an_error_that_names_the_instruction(options):
             Flat(assemble(("addps xmm0, xmm1", "hlt"), "long64", 0x1000), 0x1000, "long64")
         )
         async with deadline():
-            with pytest.raises(EmulationFailure, match=r"0f 58 c1"):
+            with pytest.raises(
+                EmulationFailure, match=r"0f 58 c1.*, addps xmm0, xmm1 .*kvmaio\[soft\]"
+            ):
                 await machine.run()
         assert machine.vcpus[0].stats.numAssists == 0
+
+
+# ---- what a stay in software must not change ----------------------------------------------------
+
+SSE = ("mov rax, cr4", "or eax, 0x40600", "mov cr4, rax")
+# Assists that come thick and fast, until one executes everything behind them as well.
+STAY = ("mov ecx, 40", "warm: addsd xmm1, xmm0", "dec ecx", "jnz warm")
+
+
+def load(machine: Machine, *lines: str) -> None:
+    machine.load(Flat(assemble(lines, "long64", 0x1000), 0x1000, "long64"))
+
+
+async def both(*lines: str, registers: tuple[str, ...]) -> tuple[list[list[int]], Machine]:
+    """The registers at the halt, under KVM with assists and on the software CPU."""
+    ends = []
+    for cpu in ("soft", "auto"):
+        async with Machine(cpu=cpu, memory="2M") as machine, deadline():
+            load(machine, *SSE, *STAY, *lines)
+            assert await machine.run() == Halted()
+            context = machine.vcpus[0].context
+            ends.append([getattr(context, name) for name in registers])
+    return ends, machine
+
+
+async def test_a_stay_takes_model_specific_and_debug_registers_to_and_fro():
+    ends, machine = await both(
+        *("mov ecx, 0xc0000102", "mov eax, 0x1234000", "xor edx, edx", "wrmsr", "swapgs"),
+        *("mov eax, 0x5678", "mov dr0, rax", "mov ecx, 4000", "wait: dec ecx", "jnz wait"),
+        *("mov ecx, 0xc0000102", "rdmsr", "mov rsi, rax", "mov ecx, 0xc0000101", "rdmsr"),
+        *("mov rdi, dr0", "cli", "hlt"),
+        registers=("rax", "rsi", "rdi"),
+    )
+    assert ends == [[0x123_4000, 0, 0x5678]] * 2
+    assert 1 <= machine.vcpus[0].stats.numAssists < 40
+
+
+async def test_a_stay_answers_cpuid_from_the_machines_table():
+    async with (
+        Machine(memory="2M", cpuid={0: (1, 2, 3, 4), 1: (5, 6, 7, 8)}) as machine,
+        deadline(),
+    ):
+        load(machine, *SSE, *STAY, "mov eax, 1", "cpuid", "cli", "hlt")
+        assert await machine.run() == Halted()
+        context = machine.vcpus[0].context
+        (entry,) = (e for e in machine.vcpus[0].model.cpuid if e.function == 1)  # type: ignore[attr-defined]
+        assert (context.rax, context.rbx, context.rdx) == (entry.eax, entry.ebx, entry.edx)
+
+
+async def test_a_device_that_ends_the_run_in_a_stay_loses_nothing():
+    async with Machine(memory="2M") as machine, deadline():
+        machine.attach(DebugExit(), pio=0xF4)
+        load(
+            machine,
+            *(*SSE, *STAY, "mov eax, 5", "out 0xf4, al", "inc eax", "addsd xmm1, xmm0"),
+            *("out 0xf4, al", "inc eax", "cli", "hlt"),
+        )
+        assert await machine.run() == Exited(11)
+        assert machine.vcpus[0].context.rax == 5
+        assert await machine.run() == Exited(13)
+        assert await machine.run() == Halted()
+        assert machine.vcpus[0].context.rax == 7
+
+
+async def test_a_handler_sees_and_edits_the_registers_of_a_stay():
+    seen: list[int] = []
+
+    def look() -> None:
+        context = current_vcpu().context
+        seen.append(context.rbx)
+        context.rsi = context.rbx + 1
+
+    async with Machine(memory="2M") as machine, deadline():
+        diary = machine.attach(Diary(0x33, during=look), pio=0x60)
+        load(machine, *SSE, *STAY, "mov ebx, 7", "in al, 0x60", "mov edi, esi", "cli", "hlt")
+        assert await machine.run() == Halted()
+        context = machine.vcpus[0].context
+        assert (seen, context.rax & 0xFF, context.rdi) == ([7], 0x33, 8)
+        assert diary.entries == [("read", 0, 1)]
+
+
+async def test_a_string_is_written_once_in_a_stay():
+    async with Machine(memory="2M") as machine, deadline():
+        diary = machine.attach(Diary(), pio=0x60)
+        machine.memory.write(0x8000, b"software")
+        load(
+            machine,
+            *(*SSE, *STAY, "mov esi, 0x8000", "mov ecx, 8", "mov edx, 0x60", "rep outsb"),
+            *("cli", "hlt"),
+        )
+        assert await machine.run() == Halted()
+        assert bytes(entry[3] for entry in diary.entries) == b"software"  # type: ignore[misc]
+        assert machine.vcpus[0].context.rsi == 0x8008
+
+
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+async def test_beside_kvms_interrupt_controllers_there_are_no_stays(irqchip):
+    async with Machine(memory="2M", irqchip=irqchip) as machine, deadline():
+        machine.attach(DebugExit(), pio=0xF4)
+        load(
+            machine,
+            *(*SSE, *STAY, "mov rdi, 0xfee00030", "mov eax, [rdi]", "movzx ebx, al"),
+            *("out 0xf4, al", "cli", "hlt"),
+        )
+        assert isinstance(await machine.run(), Exited)
+        assert machine.vcpus[0].context.rbx not in (0, 0xFF)
+        assert machine.vcpus[0].stats.numAssists == 40
+
+
+async def test_an_interrupt_ends_a_stay_and_is_taken():
+    async with Machine(memory="2M") as machine, deadline():
+        vcpu = machine.vcpus[0]
+        machine.attach(Diary(during=lambda: vcpu.trigger(0x30)), pio=0x60)
+        load(
+            machine,
+            *("lea rax, [rip + handler]", "mov rdi, 0x8300", "mov [rdi], ax"),
+            *("mov word ptr [rdi + 2], 8", "mov word ptr [rdi + 4], 0x8e00", "shr rax, 16"),
+            *("mov [rdi + 6], ax", "mov qword ptr [rdi + 8], 0"),
+            *("mov word ptr [0x8100], 0x3ff", "mov qword ptr [0x8102], 0x8000", "lidt [0x8100]"),
+            *(*SSE, "sti", *STAY, "out 0x60, al", "again: test ebx, ebx", "jz again"),
+            *("cli", "hlt", "handler: mov ebx, 1", "iretq"),
+        )
+        assert await machine.run() == Halted()
+        assert vcpu.stats.numInterrupts == 1
+
+
+# ---- what nobody can execute --------------------------------------------------------------------
+
+
+async def test_what_the_software_cpu_lacks_too_is_kvms_error():
+    async with Machine(memory="2M") as machine, deadline():
+        load(machine, "mov ebx, 3", "vaddps ymm0, ymm1, ymm2", "hlt")
+        for _ in range(2):
+            with pytest.raises(EmulationFailure, match=r"vaddps .*nor can the software CPU") as e:
+                await machine.run()
+            assert e.value.instruction.startswith(b"\xc5")
+        assert machine.vcpus[0].context.rbx == 3
+        assert machine.vcpus[0].stats.numAssists == 0
+
+
+async def test_sse_that_is_switched_off_is_the_guests_fault():
+    """Without CR4.OSFXSR it is #UD: with no IDT, a shutdown, as on a processor."""
+    async with Machine(memory="2M") as machine, deadline():
+        load(machine, *("mov rax, cr4", "and eax, 0xfffff9ff", "mov cr4, rax"), "addps xmm0, xmm1")
+        assert isinstance(await machine.run(), kvmaio.Shutdown)
+
+
+@pytest.mark.parametrize(
+    ("code", "bits", "is_one"),
+    [
+        (b"\xc5\xf4\x58\xc2", 64, True),
+        (b"\x66\xc4\xe2\x79\x18\xc0", 64, True),
+        (b"\xc5\x06\x00", 16, False),  # LDS
+        (b"\xc5\xf8\x77", 32, True),
+        (b"\x0f\x58\xc1", 64, False),
+        (b"", 64, False),
+    ],
+)
+def test_vector_extensions_by_their_prefix(code, bits, is_one):
+    assert is_vector_extension(code, bits) is is_one
+
+
+# ---- the rest of the engine ----------------------------------------------------------------------
+
+
+async def test_a_machine_is_drained_and_saved_while_an_assist_waits_for_a_device():
+    answered = asyncio.Event()
+    async with Machine(memory="2M") as machine, deadline():
+        diary = machine.attach(Diary(0x42, during=answered.wait), pio=0x60)
+        load(
+            machine,
+            *(*SSE, *STAY, "in al, 0x60", "mov edi, 5000", "wait: dec edi", "jnz wait"),
+            *("addsd xmm1, xmm0", "inc ebx", "cli", "hlt"),
+        )
+        run = asyncio.create_task(machine.run())
+        await until(diary.reached(1))
+        draining = asyncio.create_task(machine.drain())
+        await asyncio.sleep(0.01)
+        assert not draining.done()
+        answered.set()
+        await draining
+        checkpoint = await machine.checkpoint()
+        context = machine.vcpus[0].context
+        assert (context.rax & 0xFF, context.rbx) == (0x42, 0)
+        machine.resume()
+        assert await run == Halted()
+        end = machine.vcpus[0].model.read_state()
+    async with Machine(memory="2M") as machine, deadline():
+        machine.attach(Diary(), pio=0x60)
+        await machine.restore(checkpoint)
+        assert await machine.run() == Halted()
+        again = machine.vcpus[0].model.read_state()
+        assert (again.context, again.xsave) == (end.context, end.xsave)
+
+
+async def test_traces_tell_of_assists():
+    records: list[Record] = []
+    async with Machine(memory="2M") as machine, deadline():
+        machine.attach(Diary(), pio=0x60)
+        load(machine, *SSE, "nop", "addsd xmm1, xmm0", "out 0x60, al", "cli", "hlt")
+        with machine.trace(records.append, only="assist,access"):
+            assert await machine.run() == Halted()
+    assist, access = records
+    assert isinstance(assist, AssistRecord) and isinstance(access, AccessRecord)
+    at = 0x1000 + len(assemble((*SSE, "nop"), "long64", 0x1000))
+    assert (assist.source, assist.address, assist.instructions) == ("cpu0", at, 1)
+    assert assist.code.startswith(b"\xf2\x0f\x58\xc8")
+    assert assist.instruction == "addsd xmm1, xmm0"
+
+
+def test_in_simulated_time_each_assist_is_one_instruction():
+    async def main() -> tuple[Any, int]:
+        async with Machine(memory="2M") as machine:
+            load(machine, *SSE, *STAY, "cli", "hlt")
+            return await machine.run(), machine.vcpus[0].stats.numAssists
+
+    assert kvmaio.run(main(), time="simulated") == (Halted(), 40)
+
+
+async def test_instruction_counts_include_assists():
+    async with Machine(memory="2M") as machine, deadline():
+        load(machine, *("inc ebx", "addsd xmm1, xmm0") * 4, "cli", "hlt")
+        machine.vcpus[0].context.cr4 |= 0x600
+        event = asyncio.create_task(machine.vcpus[0].at_instruction(5))
+        await asyncio.sleep(0)
+        run = asyncio.create_task(machine.run())
+        await event
+        await machine.drain()
+        assert machine.vcpus[0].context.rbx == 3
+        machine.resume()
+        assert await run == Halted()
