@@ -42,10 +42,8 @@ docs: venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# As on a host without KVM: /dev/kvm is another device, in a mount namespace of its own.
 test-soft: venv
-	unshare -m sh -c '[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm; exec "$$@"' sh \
-	    $(BIN)/pytest $(PYTEST)
+	tools/without-kvm $(BIN)/pytest $(PYTEST)
 
 # The emulated machine is slow, so each test gets ten times the usual 60 s.
 test-svm: venv
