@@ -54,12 +54,21 @@ PROMISED = {
          50.0 min  50 litres: the guest opens the valve
          60.0 min  Stopped\(reason='an hour is over'\), and less than a minute went by: True
     """,
+    "web_service": r"""
+        a web client got \{'fahrenheit': 68\}
+        a web client got \{'fahrenheit': 69\}
+        a web client got \{'fahrenheit': 71\}
+        Stopped\(reason='enough'\)
+    """,
     "two_guests_link": r"""
         ( *\d+\.\d{3} ms  (here|there) (sends|gets ) [ABC]
         ){12}the sender: Halted\(\)
         the echoer: Stopped\(reason='the sender is done'\)
     """,
 }
+
+
+NEEDS = {"web_service": "aiohttp"}
 
 
 def test_every_example_is_tested():
@@ -69,6 +78,8 @@ def test_every_example_is_tested():
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", PROMISED)
 def test_example_prints_what_it_promises(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     if (tool := NEEDS.get(name)) and shutil.which(tool) is None:
         pytest.skip(f"needs {tool} (package {tool})")
     result = subprocess.run(
