@@ -16,6 +16,7 @@ from tests.assembler import have_tools
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TIME_LIMIT_S = 250
 NEEDS = {"debug_with_gdb": "gdb"}
+IMPORTS = {"web_service": "aiohttp"}
 
 PROMISED = {
     "hello_serial": r"""
@@ -68,9 +69,6 @@ PROMISED = {
 }
 
 
-NEEDS = {"web_service": "aiohttp"}
-
-
 def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PROMISED)
 
@@ -78,8 +76,8 @@ def test_every_example_is_tested():
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", PROMISED)
 def test_example_prints_what_it_promises(name):
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    if name in IMPORTS:
+        pytest.importorskip(IMPORTS[name])
     if (tool := NEEDS.get(name)) and shutil.which(tool) is None:
         pytest.skip(f"needs {tool} (package {tool})")
     result = subprocess.run(
