@@ -113,19 +113,19 @@ _NOT_EMULATED_LEAVES = {0xD, 0x1D, 0x1E, 0x24}
 _COMMON: dict[tuple[int, int, str], int] = {
     (1, 0, "ecx"): _bits(31),  # a hypervisor is present; the rest is not emulator-safe
     # FPU, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFLUSH,
-    # ACPI, MMX, FXSR, SSE, SSE2, SS, HTT
+    # MMX, FXSR, SSE, SSE2, SS, HTT
     (1, 0, "edx"): _bits(
-        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 22, 23, 24, 25, 26, 27, 28)
+        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27, 28)
     ),
-    (7, 0, "ebx"): _bits(0, 7, 9, 23),  # FSGSBASE, SMEP, ERMS, CLFLUSHOPT
+    (7, 0, "ebx"): _bits(0, 7, 9),  # FSGSBASE, SMEP, ERMS
     (7, 0, "ecx"): 0,
     (7, 0, "edx"): 0,
     (6, 0, "eax"): 0,  # thermal and power management
     (0xA, 0, "eax"): 0,  # no performance counters
-    (0x80000001, 0, "ecx"): _bits(0, 1, 4),  # LAHF in long mode, CMP_LEGACY, CR8 as LOCK MOV CR0
-    # as leaf 1, then SYSCALL, NX, FXSR, 1-GB pages, long mode
+    (0x80000001, 0, "ecx"): _bits(0, 1),  # LAHF in long mode, CMP_LEGACY
+    # as leaf 1, then SYSCALL, NX, FXSR, long mode
     (0x80000001, 0, "edx"): _bits(
-        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 26, 29)
+        *(0, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 29)
     ),
     (0x80000007, 0, "edx"): _bits(8),  # invariant TSC
     (0x80000008, 0, "ebx"): 0,
