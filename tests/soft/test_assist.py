@@ -322,3 +322,36 @@ async def test_instruction_counts_include_assists():
         assert machine.vcpus[0].context.rbx == 3
         machine.resume()
         assert await run == Halted()
+
+
+async def test_checkpoints_between_assists_go_on_with_either_model():
+    lines = (
+        *(*SSE, "mov eax, 3", "cvtsi2sd xmm0, eax", "mov ecx, 60000"),
+        *("again: addsd xmm1, xmm0", "sqrtsd xmm2, xmm1", "dec ecx", "jnz again", "cli", "hlt"),
+    )
+    ends: list[bytes] = []
+
+    def note(machine: Machine) -> None:
+        xsave = machine.vcpus[0].model.read_state().xsave
+        assert xsave is not None and machine.vcpus[0].context.rcx == 0
+        ends.append(xsave[160:208])
+
+    async with deadline(40):
+        async with Machine(memory="2M") as machine:
+            load(machine, *lines)
+            run = asyncio.create_task(machine.run())
+            checkpoints = []
+            for _ in range(6):
+                at = machine.vcpus[0].stats.numAssists
+                await until(lambda: machine.vcpus[0].stats.numAssists > at)  # noqa: B023
+                checkpoints.append(await machine.checkpoint())
+            assert not run.done()
+            assert await run == Halted()
+            note(machine)
+        for checkpoint in checkpoints:
+            for cpu in ("auto", "soft"):
+                async with Machine(memory="2M", cpu=cpu) as machine:
+                    await machine.restore(checkpoint)
+                    assert await machine.run() == Halted()
+                    note(machine)
+    assert len(ends) == 13 and len(set(ends)) == 1
