@@ -799,8 +799,8 @@ class Machine(Board):
             vcpu.forbid()
 
     def _end_if_halted(self) -> None:
-        if not self._run_active:
-            return
+        if not self._run_active or self.barrier.is_moving or self.barrier.is_down:
+            return  # something may wake one yet; `goes_on` asks again
         halted = [vcpu for vcpu in self.vcpus if not vcpu.awaits_start_up]
         if halted and all(v.halted and not v.can_wake for v in halted):
             self.ended(self.vcpus[0], Halted())

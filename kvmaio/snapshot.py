@@ -5,7 +5,7 @@ Both are plain functions without an await, so nothing changes in between.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,9 +20,11 @@ from .checkpoint import (
     RegionShape,
     SavedDevice,
 )
+from .clock import Alarm
 from .device import Device
 from .errors import CheckpointError, ConfigurationError
 from .exits import Exited, Halted, Outcome, Shutdown, Stopped
+from .interrupts import Interrupts
 from .memory import GuestMemory
 from .memory_image import MemoryImage
 from .stats import Statistics
@@ -160,10 +162,13 @@ def check_fits(machine: Machine, checkpoint: Checkpoint) -> None:
         )
     for name, device in checkpoint.devices.items():
         _check_registers(machine.devices[name], device)
+        _check_takes(Alarm().load, device.alarm, f"{name}: its alarm")
     _check_engine(checkpoint.engine, ENGINE, "machine")
     _kept_outcome(checkpoint.engine)
     for index, cpu in enumerate(checkpoint.cpus):
         _check_engine(cpu.engine, SAVED_BESIDE_STATE, f"cpu {index}")
+        for vector in cpu.engine["vectors"]:
+            _check_takes(Interrupts().add, vector, f"cpu {index}")
 
 
 def _missing_regions(machine: Machine, saved: MachineShape) -> list[RegionShape]:
@@ -174,6 +179,13 @@ def _missing_regions(machine: Machine, saved: MachineShape) -> list[RegionShape]
 def _check_engine(engine: Mapping[str, Any], names: Collection[str], whose: str) -> None:
     if missing := ", ".join(sorted(names - engine.keys())):
         raise CheckpointError(f"{whose}: not as a machine saves it: {missing} is missing")
+
+
+def _check_takes(take: Callable[[Any], None], value: Any, whose: str) -> None:
+    try:
+        take(value)
+    except (ConfigurationError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{whose}: {error}") from None
 
 
 def put_back(machine: Machine, checkpoint: Checkpoint) -> None:

@@ -376,21 +376,28 @@ async def test_other_cpuid_is_refused_and_changes_nothing():
 @pytest.mark.kvm
 async def test_checkpoint_that_no_machine_made_is_refused():
     async with deadline(), Machine(memory="1M") as machine:
+        machine.attach(Diary(), pio=0x60)
         saved = await machine.checkpoint()
         parts = {
             name: getattr(saved, name)
-            for name in ("shape", "devices", "vm", "time_ns", "statistics", "created_by")
+            for name in ("shape", "vm", "time_ns", "statistics", "created_by")
         }
-        (cpu,) = saved.cpus
+        (cpu,), devices = saved.cpus, saved.devices
+        odd_vector = attrs.evolve(cpu, engine=cpu.engine | {"vectors": [300]})
+        odd_alarm = {"diary0": attrs.evolve(devices["diary0"], alarm={"at": 1})}
         assert cpu.engine.keys() == SAVED_BESIDE_STATE
         assert saved.engine.keys() == ENGINE
         machine.memory.write(0x5000, b"new")
-        for engine, cpus, complaint in (
-            ({}, [cpu], "machine: not as a machine saves it: fault_frame, lines,"),
-            (saved.engine, [SavedCpu(cpu.state)], "cpu 0: not as a machine saves it: active,"),
-            (saved.engine | {"outcome": {"kind": "Other"}}, [cpu], "the outcome that is kept"),
+        for engine, the_cpu, the_devices, complaint in (
+            ({}, cpu, devices, "machine: not as a machine saves it: fault_frame, lines,"),
+            (saved.engine, SavedCpu(cpu.state), devices, "cpu 0: not as a machine saves it:"),
+            (saved.engine | {"outcome": {"kind": "Other"}}, cpu, devices, "the outcome that is"),
+            (saved.engine, odd_vector, devices, "cpu 0: interrupt vector 300"),
+            (saved.engine, cpu, odd_alarm, "diary0: its alarm: .* is no alarm's state"),
         ):
-            odd = Checkpoint(memory=saved.memory, cpus=cpus, engine=engine, **parts)
+            odd = Checkpoint(
+                memory=saved.memory, cpus=[the_cpu], devices=the_devices, engine=engine, **parts
+            )
             with pytest.raises(CheckpointError, match=complaint):
                 await machine.restore(odd)
         assert machine.memory.read(0x5000, 3) == b"new"

@@ -205,6 +205,27 @@ async def test_outcome_met_while_draining_is_kept(boot):
         assert await run == Exited(7)
 
 
+async def test_halt_met_while_draining_may_still_end(monkeypatch):
+    """With IF=0 only an NMI ends it, and one comes before the machine goes on."""
+    go_on = asyncio.Event()
+    cpu = ScriptedCpu(port_in(0x60), halt())
+    cpu.pieces.append(halt())
+    async with deadline(), scripted_machine(monkeypatch, cpu) as machine:
+        machine.attach(Diary(during=go_on.wait), pio=0x60)
+        (vcpu,) = machine.vcpus
+        run = asyncio.create_task(machine.run())
+        await until(lambda: vcpu.state is PENDING)
+        drain = asyncio.create_task(machine.drain())
+        await until(lambda: machine.barrier.is_moving)
+        go_on.set()
+        await drain
+        assert vcpu.halted
+        await vcpu.nmi()
+        machine.resume()
+        assert await run == Halted()
+        assert cpu.log[-2:] == ["nmi", "enter"]
+
+
 @pytest.mark.kvm
 async def test_failing_device_fails_the_drain(boot):
     go_on = asyncio.Event()
