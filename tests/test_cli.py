@@ -304,6 +304,18 @@ def test_seabios_runs_to_no_bootable_device(vcpus):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.soft
+@pytest.mark.skipif(not SEABIOS.exists(), reason=f"no {SEABIOS}: apt-get install seabios")
+@pytest.mark.parametrize("time", ["wall", "simulated"])
+def test_seabios_with_two_software_cpus_that_spin_on_a_lock(time):
+    result = kvmaio(
+        *("run", str(SEABIOS), "--kind", "firmware", "--until", "No bootable device"),
+        *("--cpu", "soft", "--vcpus", "2", "--time", time, "--timeout", "45"),
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"Found 2 cpu(s)" in result.stdout
+
+
 def _seabios_text(output: bytes) -> list[bytes]:
     """Its lines, but for the measured clock, and sorted, as its threads take turns by time."""
     return sorted(line for line in output.splitlines() if not line.startswith(b"CPU Mhz="))

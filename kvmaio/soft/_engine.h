@@ -194,6 +194,7 @@ struct cpu {
 	uint64_t left; /* instructions, or blocks, that may still be executed */
 	uint64_t slice; /* `left` at the slice's beginning */
 	int64_t slice_began_ns;
+	uint64_t elements; /* of repeated strings that the slice may still execute */
 	struct flags flags; /* when it began */
 	int counted;  /* it was taken from `left`, and is given back if it is not executed */
 	union attention attention;

@@ -111,7 +111,10 @@ static int look(struct cpu *cpu, uint64_t address)
 	}
 	if (own & LOOK_ACCESSES)
 		kvmaio_forget_accesses(cpu);
-	if ((own & LOOK_HALF) || is_kicked(cpu) || ((own & LOOK_INTERRUPT) && interrupt_due(cpu))) {
+	/* A string may have as many elements as there is memory: others wait for their turn. */
+	const int tired = again && !--cpu->elements;
+	if ((own & LOOK_HALF) || is_kicked(cpu) || tired ||
+	    ((own & LOOK_INTERRUPT) && interrupt_due(cpu))) {
 		/* Between two elements of a string: it has not been executed yet. */
 		if (again)
 			kvmaio_give_back(cpu);

@@ -89,6 +89,10 @@ int kvmaio_soft_go_on(kvmaio_soft *cpu);
 /* The run goes on on the CPU's own thread; `arrived_fd` tells of its end. */
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 
+/* How much of `limit` instructions to run before the others have a turn: varied, or CPUs in a
+ * loop around a lock may stay in step. All of it where there are no others. */
+int64_t kvmaio_soft_part(kvmaio_soft *cpu, int64_t limit);
+
 /* Run on the calling thread until it is over, however long that takes. */
 int kvmaio_soft_run(kvmaio_soft *cpu, int64_t limit);
 

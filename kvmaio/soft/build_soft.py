@@ -40,6 +40,7 @@ void kvmaio_soft_own_cpuid(kvmaio_soft *cpu, struct kvmaio_soft_cpuid *entry);
 int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
+int64_t kvmaio_soft_part(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_run(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_half_entry(kvmaio_soft *cpu);
 void kvmaio_soft_kick(kvmaio_soft *cpu, uint64_t run_id);

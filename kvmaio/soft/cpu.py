@@ -96,6 +96,7 @@ class SoftCpu:
         self._arrival = Arrival(self._loop)
         self._inside = False
         self._began = 0  # the limit of what `begin()` began
+        self._is_part = False
         self._before = 0  # ticks at the last entry
         self._uncounted = False
         self._ticks_are_ns = clock_hz == 1_000_000_000
@@ -179,7 +180,10 @@ class SoftCpu:
     def begin(self, limit_ns: int) -> None:
         # Nothing yet: CPUs of one machine take turns anyway, and so their order is fixed.
         self._before = self.handle.ticks
-        self._began = self._limit(limit_ns)
+        limit = self._limit(limit_ns)
+        # Where there are others, a part first, and at the next time the rest.
+        self._is_part = not self._is_part
+        self._began = lib.kvmaio_soft_part(self.handle, limit) if self._is_part else limit
 
     def finish(self) -> EntryResult:
         return _RESULTS[lib.kvmaio_soft_run(self.handle, self._began)]
