@@ -19,6 +19,7 @@ from kvmaio.errors import DrainTimeout
 from tests.assembler import assemble
 from tests.engine.support import LAB, deadline, open_files, threads, until
 from tests.engine.test_races import COUNT, RACES, Counter
+from tests.plugin_summary import why_not_soft
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -103,7 +104,8 @@ async def restore(state: dict[str, Any]) -> None:
 
 
 async def switch(state: dict[str, Any]) -> None:
-    await state["machine"].switch_cpu("kvm")
+    models = ("kvm", "soft") if why_not_soft() is None else ("kvm",)
+    await state["machine"].switch_cpu(state["random"].choice(models))
 
 
 async def stop_and_run(state: dict[str, Any]) -> None:
