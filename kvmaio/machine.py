@@ -542,7 +542,7 @@ class Machine(Board):
 
     def like_this(self, name: str) -> Machine:
         """A new machine made with the same arguments but for its name, to be entered."""
-        return Machine(
+        machine = Machine(
             memory=self._ram,
             vcpus=self._vcpu_count,
             cpu=self._cpu,
@@ -552,6 +552,8 @@ class Machine(Board):
             cpuid=self._cpuid,
             name=name,
         )
+        machine._assist = self._assist  # also where switch_cpu() has named a model since
+        return machine
 
     def lost_to_parent(self) -> None:
         """This process is a fork of the one whose machine it is."""

@@ -175,16 +175,26 @@ class GuestMemory:
         added: Callable[[MemoryRegion], None],
         removed: Callable[[MemoryRegion], None],
         written: Callable[[int, int], None] | None = None,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Call `added` for each region there is and will be, `removed` when one goes.
 
-        `written` is called behind each `write()`, with address and size.
+        `written` is called behind each `write()`, with address and size. To call what is
+        returned ends it; idempotent.
         """
         for region in self.regions:
             added(region)
-        self._watchers.append((added, removed))
+        watcher = (added, removed)
+        self._watchers.append(watcher)
         if written is not None:
             self._written.append(written)
+
+        def end() -> None:
+            if watcher in self._watchers:
+                self._watchers.remove(watcher)
+                if written is not None:
+                    self._written.remove(written)
+
+        return end
 
     def guard(self, check: Callable[[int, int, str], None]) -> None:
         """Have `check(base, size, what)` refuse a region by raising ConfigurationError."""

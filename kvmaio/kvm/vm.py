@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class KvmVm:
         self.kvm = kvm
         self.irqchip: str | None = None
         self._has_pit = False
+        self._end_watch: Callable[[], None] = lambda: None
         self._coalesced: set[tuple[int, int, bool]] = set()
         self._level = ffi.new("struct kvm_irq_level *")
         self.fd = check(lib.kvmaio_ioctl_value(kvm.fd, lib.KVM_CREATE_VM, 0), "KVM_CREATE_VM")
@@ -86,6 +87,7 @@ class KvmVm:
     def close(self) -> None:
         """Close the VM and let go of the guest's memory; its vCPUs come first. Idempotent."""
         if self.fd >= 0:
+            self._end_watch()
             os.close(self.fd)
             self.fd = -1
             self.slots.release_all()
@@ -122,7 +124,7 @@ class KvmVm:
         for region in memory.regions:
             self.slots.check(region.base, region.size, "ROM" if region.readonly else "RAM")
         memory.guard(self._guard)
-        memory.watch(self._added, self._removed)
+        self._end_watch = memory.watch(self._added, self._removed)
         self.memory = memory
 
     # The memory may outlive the VM (take-over by another CPU model): then all this is void.

@@ -31,11 +31,12 @@ class SoftMachine:
 
     def __init__(self) -> None:
         self.handle: CData | None = lib.kvmaio_soft_machine_create()
+        self._end_watch: Callable[[], None] = lambda: None
         self._views: dict[int, Any] = {}  # base -> what keeps the region's memory in place
 
     def attach_memory(self, memory: GuestMemory) -> None:
         """Show every region of `memory` to the CPUs, now and as they come and go."""
-        memory.watch(self._added, self._removed, self._written)
+        self._end_watch = memory.watch(self._added, self._removed, self._written)
 
     def _added(self, region: MemoryRegion) -> None:
         if self.handle is None:
@@ -68,6 +69,7 @@ class SoftMachine:
         """After its CPUs. Idempotent."""
         handle, self.handle = self.handle, None
         if handle is not None:
+            self._end_watch()
             lib.kvmaio_soft_machine_destroy(handle)
             for view in self._views.values():
                 ffi.release(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from kvmaio.boot import Firmware, Flat
 from kvmaio.cli.board import build_board
 from kvmaio.cpu import CpuState
 from kvmaio.devices import CountdownTimer, DebugExit
-from kvmaio.errors import ConfigurationError
+from kvmaio.errors import ConfigurationError, EmulationFailure
 from kvmaio.exits import InterruptedExit
 from kvmaio.kvm.cpuid import CpuidEntry, select
+from kvmaio.kvm.vm import KvmVm
+from kvmaio.soft.platform import OwnCpuid, SoftMachine
 from tests.assembler import assemble
-from tests.engine.support import Diary, deadline, until
+from tests.engine.support import Diary, deadline, host_only, open_files, threads, until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.soft]
 
@@ -177,6 +180,40 @@ async def test_seabios_with_another_cpu_every_half_second():
     assert switched >= 2
 
 
+async def test_hand_overs_leave_nothing_behind():
+    async with deadline(), Machine(memory="1M", cpu="kvm") as machine:
+        machine.load(Flat(b"\xf4", 0x1000))
+        for cpu in ("soft", "kvm"):
+            await machine.switch_cpu(cpu)
+        held = len(threads()), len(open_files())
+        for _ in range(5):
+            for cpu in ("soft", "kvm"):
+                await machine.switch_cpu(cpu)
+        assert (len(threads()), len(open_files())) == held
+        gc.collect()
+        kinds = [type(thing) for thing in gc.get_objects()]
+        assert (kinds.count(KvmVm), kinds.count(SoftMachine)) == (1, 0)
+        assert await machine.run() == Halted()
+
+
+@pytest.mark.parametrize("assist", [True, False])
+@host_only(pvm=True, why="this host's KVM runs the instruction itself")
+async def test_a_copy_is_assisted_as_its_original(assist):
+    """Also one made behind a change of the CPU."""
+    async with deadline(), Machine(memory="2M", assist=assist) as machine:
+        code = assemble(("addps xmm0, xmm1", "cli", "hlt"), "long64", 0x1000)
+        machine.load(Flat(code, 0x1000, "long64"))
+        await machine.switch_cpu("soft")
+        await machine.switch_cpu("kvm")
+        (copy,) = await machine.fork(1)
+        for each in (machine, copy):
+            if assist:
+                assert await each.run() == Halted()
+            else:
+                with pytest.raises(EmulationFailure):
+                    await each.run()
+
+
 # ---- the common subset ---------------------------------------------------------------------------
 
 
@@ -190,8 +227,6 @@ class Everything:
 
 
 async def test_common_is_what_the_software_cpu_has():
-    from kvmaio.soft.platform import OwnCpuid
-
     async with Machine(memory="1M", cpu="soft") as machine:
         source = OwnCpuid(machine.vcpus[0].model)  # type: ignore[arg-type]
         own = {e.function: e for e in source.supported_cpuid() if e.index == 0}
