@@ -149,6 +149,7 @@ class Assist:
             self._soft.attach_memory(self._memory)
             self._cpu = SoftCpu(self._soft, self._vcpu.index, 1_000_000_000)
             self._loan = Loan(self._cpu)
+            self._cpu.handle.forgets_handlers = True
         self._model = model
         self._simulated = isinstance(model, TimedCpu)
         kvm = cast("KvmCpu", model.model if isinstance(model, TimedCpu) else model)

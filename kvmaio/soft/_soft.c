@@ -146,6 +146,8 @@ static int start_engine(struct cpu *cpu)
 		if (cpu->vector == 6 && cpu->public.keeps_undefined)
 			return leave_undefined(cpu);
 		error = take_exception(cpu);
+		if (cpu->public.forgets_handlers)
+			kvmaio_soft_forget(&cpu->public, 0);
 		break;
 	case STOP_SYSCALL:
 		error = kvmaio_syscall(cpu);

@@ -64,6 +64,7 @@ typedef struct kvmaio_soft {
 	int outcome;          /* of the last run */
 	int yielded;          /* LATER, and not even begun: others on the loop have a turn */
 	int keeps_undefined;  /* #UD is not delivered, but ends the run as an emulation failure */
+	int forgets_handlers; /* another model may have written the code that an exception leads to */
 	int undefined;        /* the last such failure was a #UD */
 	uint64_t run_id;
 	uint64_t ticks;       /* instructions executed so far; nanoseconds while not counting */

@@ -30,7 +30,7 @@ void kvmaio_soft_memory_written(kvmaio_soft_machine *machine, uint64_t address, 
 struct kvmaio_soft_cpuid { uint32_t function, index, has_index, eax, ebx, ecx, edx; };
 typedef struct kvmaio_soft {
     struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns;
-    int counting, outcome, yielded, keeps_undefined, undefined;
+    int counting, outcome, yielded, keeps_undefined, forgets_handlers, undefined;
     uint64_t run_id, ticks, tsc_offset, exits, slices, deliveries;
 } kvmaio_soft;
 int kvmaio_soft_create(kvmaio_soft_machine *machine, kvmaio_soft **out);

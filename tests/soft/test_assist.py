@@ -11,6 +11,7 @@ import kvmaio
 from kvmaio import Exited, Halted, Machine
 from kvmaio.assist import is_vector_extension
 from kvmaio.boot import Flat
+from kvmaio.cpu import GENERAL
 from kvmaio.devices import DebugExit
 from kvmaio.errors import EmulationFailure
 from kvmaio.trace import AccessRecord, AssistRecord, Record
@@ -58,7 +59,7 @@ async def finish(cpu: str, **options: object):
         state = vcpu.model.read_state()
         assert state.xsave is not None
         context = state.context
-        registers = [getattr(context, f"r{name}") for name in ("ax", "bx", "cx", "dx", "sp", "ip")]
+        registers = [getattr(context, name) for name in GENERAL if name != "rflags"]
         fpu = (state.xsave[:2], state.xsave[32:416])
         memory = machine.memory.read(0x8000, 0x2000)
         return registers, fpu, memory, window.log, vcpu.stats.numAssists
@@ -355,3 +356,30 @@ async def test_checkpoints_between_assists_go_on_with_either_model():
                     assert await machine.run() == Halted()
                     note(machine)
     assert len(ends) == 13 and len(set(ends)) == 1
+
+
+async def test_a_handler_that_kvm_has_rewritten_is_executed_as_it_is_now():
+    """An assist that faults goes on with the handler's first instruction."""
+    fault = ("addsd xmm1, xmm0",)  # four bytes; #NM, as CR0.TS is set
+    async with Machine(memory="2M", irqchip="kernel") as machine, deadline():
+        machine.attach(DebugExit(), pio=0xF4)
+        load(
+            machine,
+            *("lea rax, [rip + handler]", "mov rdi, 0x8070", "mov [rdi], ax"),
+            *("mov word ptr [rdi + 2], 8", "mov word ptr [rdi + 4], 0x8e00", "shr rax, 16"),
+            *("mov [rdi + 6], ax", "mov qword ptr [rdi + 8], 0"),
+            *("mov word ptr [0x8100], 0x7f", "mov qword ptr [0x8102], 0x8000", "lidt [0x8100]"),
+            *(*SSE, "mov rax, cr0", "or eax, 8", "mov cr0, rax", "xor ebx, ebx"),
+            *(*fault, "mov esi, ebx", "mov byte ptr [rip + handler + 1], 2", *fault),
+            *(
+                "out 0xf4, al",
+                "hlt",
+                ".skip 64, 0x90",
+                "handler: mov bl, 1",
+                "add qword ptr [rsp], 4",
+                "iretq",
+            ),
+        )
+        assert isinstance(await machine.run(), Exited)
+        context = machine.vcpus[0].context
+        assert (context.rsi, context.rbx & 0xFF) == (1, 2)
