@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Self
 
+from .busy import BusySections
 from .clock import Alarm, Clock, StoppedClock
-from .drain import BusySections
 from .errors import ConfigurationError
 from .irq import IrqLine
 from .registers import Access, Register

@@ -10,15 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from .errors import ConfigurationError, DrainTimeout
 
-if TYPE_CHECKING:
-    from .device import Device
-    from .machine import Machine
-
-__all__ = ["DRAIN_TIMEOUT_S", "Barrier", "BusySections", "Participant", "drained"]
+__all__ = ["DRAIN_TIMEOUT_S", "Barrier", "Drainable", "Participant", "drained"]
 
 DRAIN_TIMEOUT_S = 10.0
 """A device that awaits a network may hold a drain for long; this long without being told to is
@@ -48,68 +44,29 @@ class Participant(Protocol):
         """What it still does, in words that name it."""
 
 
-class BusySections:
-    """What a device does on its own and that a checkpoint must not cut in two."""
+class Drainable(Protocol):
+    """What a drain needs of a machine."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._open: dict[object, tuple[str, asyncio.Task[object] | None]] = {}
-        self._shut = False
-        self._changed: list[asyncio.Future[None]] = []
-
-    @contextlib.asynccontextmanager
-    async def section(self, why: str) -> AsyncIterator[None]:
-        """See `Device.busy()`."""
-        while self._shut:
-            await self._change()
-        key = object()
-        self._open[key] = (why, asyncio.current_task())
-        try:
-            yield
-        finally:
-            del self._open[key]
-            self._tell()
+    name: str
 
     @property
-    def is_own(self) -> bool:
-        """Is the present task within a section?"""
-        task = asyncio.current_task()
-        return any(owner is task for _, owner in self._open.values())
+    def barrier(self) -> Barrier:
+        """Its own."""
 
-    def shut(self, shut: bool) -> None:
-        """Have sections that would begin now wait; or no longer."""
-        self._shut = shut
-        self._tell()
+    def check_open(self) -> None:
+        """Raise ConfigurationError if it is closed."""
 
-    def begin_drain(self) -> None:
-        pass
+    def check_drainable(self) -> None:
+        """Raise ConfigurationError where the drain would wait for itself."""
 
-    def is_drained(self) -> bool:
-        return not self._open
+    def drain_participants(self) -> list[Participant]:
+        """All that must come to rest."""
 
-    async def settle(self) -> None:
-        while self._open:
-            await self._change()
+    def came_to_rest(self) -> None:
+        """All are at rest."""
 
-    def end_drain(self) -> None:
-        pass
-
-    def holding(self) -> str:
-        return f"{self._device.name} is busy: {', '.join(why for why, _ in self._open.values())}"
-
-    async def _change(self) -> None:
-        future = asyncio.get_running_loop().create_future()
-        self._changed.append(future)
-        try:
-            await future
-        finally:
-            if future in self._changed:
-                self._changed.remove(future)
-
-    def _tell(self) -> None:
-        for future in tuple(self._changed):
-            if not future.done():
-                future.set_result(None)
+    def goes_on(self) -> None:
+        """Nobody wants it at rest any more."""
 
 
 class Barrier:
@@ -121,7 +78,7 @@ class Barrier:
         rounds: how often the last drain asked everyone.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Drainable) -> None:
         self.machine = machine
         self.is_down = False
         self.is_moving = False
@@ -212,7 +169,7 @@ async def _rounds(participants: Collection[Participant]) -> int:
 
 @contextlib.asynccontextmanager
 async def drained(
-    *machines: Machine, timeout: float | None = DRAIN_TIMEOUT_S
+    *machines: Drainable, timeout: float | None = DRAIN_TIMEOUT_S
 ) -> AsyncIterator[None]:
     """Inside, all `machines` are at rest together; afterwards they go on as before.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import attrs
-
-if TYPE_CHECKING:
-    from .machine import Machine
 
 __all__ = ["CpuStatistics", "MachineStatistics", "StatisticRow", "Statistics", "stat"]
 
@@ -90,10 +88,34 @@ class CpuStatistics(Statistics):
     totalOps: int | None = stat("Count", "micro-operations; unknown under KVM", None)
 
 
+class Counting(Protocol):
+    """A vCPU, as far as its statistics go."""
+
+    @property
+    def name(self) -> str:
+        """Such as ``cpu0``."""
+
+    @property
+    def stats(self) -> CpuStatistics:
+        """What it counts."""
+
+
+class HasParts(Protocol):
+    """A machine, as far as its statistics go."""
+
+    @property
+    def vcpus(self) -> Sequence[Counting]:
+        """Its vCPUs."""
+
+    @property
+    def devices(self) -> Mapping[str, object]:
+        """Its devices by name."""
+
+
 class MachineStatistics:
     """The statistics of a machine's components, by component."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: HasParts) -> None:
         self._machine = machine
 
     def as_dict(self) -> dict[str, dict[str, int | None]]:
