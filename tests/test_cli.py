@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -314,6 +315,22 @@ def test_seabios_with_two_software_cpus_that_spin_on_a_lock(time):
     )
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"Found 2 cpu(s)" in result.stdout
+    # The time stamp counter, measured by the PC's timer: 1 GHz is the clock that is emulated.
+    mhz = re.search(rb"CPU Mhz=(\d+)", result.stdout)
+    assert mhz is not None and int(mhz[1]) > 0
+    assert time == "wall" or int(mhz[1]) in (999, 1000, 1001)
+
+
+@pytest.mark.soft
+@pytest.mark.skipif(not MEMTEST.exists(), reason=f"no {MEMTEST}: apt-get install memtest86+")
+def test_memtest86_shows_its_screen_on_the_software_cpu_alone():
+    """It measures the time stamp counter by the PC's timer before it draws anything."""
+    result = kvmaio(
+        *("run", str(MEMTEST), "--append", "console=ttyS0,115200", "--memory", "16M"),
+        *("--cpu", "soft", "--until", "Errors: 0", "--timeout", "45"),
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"Memory  :   16MB" in result.stdout
 
 
 def _seabios_text(output: bytes) -> list[bytes]:
@@ -321,7 +338,7 @@ def _seabios_text(output: bytes) -> list[bytes]:
     return sorted(line for line in output.splitlines() if not line.startswith(b"CPU Mhz="))
 
 
-@pytest.mark.kvm  # on the software CPU alone it has not been seen to get there
+@pytest.mark.kvm
 @pytest.mark.skipif(not MEMTEST.exists(), reason=f"no {MEMTEST}: apt-get install memtest86+")
 def test_memtest86_shows_its_screen_of_results():
     """A bzImage in 64-bit mode, with the PC's timer; its screen is drawn on the serial port."""

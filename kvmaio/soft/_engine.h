@@ -262,8 +262,9 @@ static inline int takes_interrupts(const struct cpu *cpu)
 	return (cpu->registers->rflags & RFLAGS_IF) && !(cpu->registers->hflags & HFLAG_INHIBIT_IRQ);
 }
 
-/* The guest's clock, up to the instruction under way. */
-uint64_t kvmaio_ticks_now(const struct cpu *cpu);
+/* What the time stamp counter counts: between slices, and within one. */
+uint64_t kvmaio_clock(const struct cpu *cpu);
+uint64_t kvmaio_clock_inside(const struct cpu *cpu);
 
 /* _state.c */
 uint64_t kvmaio_rflags(struct cpu *cpu);

@@ -299,7 +299,7 @@ static void on_sysenter(uc_engine *engine, void *user)
 static int on_rdtsc(uc_engine *engine, void *user)
 {
 	struct cpu *cpu = user;
-	const uint64_t now = cpu->public.tsc_offset + kvmaio_ticks_now(cpu);
+	const uint64_t now = cpu->public.tsc_offset + kvmaio_clock_inside(cpu);
 	(void)engine;
 	cpu->registers->general[RAX] = (uint32_t)now;
 	cpu->registers->general[RDX] = now >> 32;

@@ -25,11 +25,31 @@ static int64_t now_ns(clockid_t clock)
 	return now.tv_sec * NS_PER_S + now.tv_nsec;
 }
 
-uint64_t kvmaio_ticks_now(const struct cpu *cpu)
+/* Of the slice under way: instructions, up to the one that is being executed, or nanoseconds. */
+static uint64_t executed(const struct cpu *cpu)
 {
 	if (cpu->hooked_for_counting)
-		return cpu->public.ticks + (cpu->slice - cpu->left);
-	return cpu->public.ticks + (now_ns(CLOCK_MONOTONIC) - cpu->slice_began_ns);
+		return cpu->slice - cpu->left;
+	return now_ns(CLOCK_MONOTONIC) - cpu->slice_began_ns;
+}
+
+/* Nanoseconds in periods of the clock. */
+static uint64_t periods(const struct cpu *cpu, uint64_t ns)
+{
+	return (unsigned __int128)ns * cpu->public.clock_hz / NS_PER_S;
+}
+
+uint64_t kvmaio_clock(const struct cpu *cpu)
+{
+	if (cpu->public.by_wall_clock)
+		return periods(cpu, now_ns(CLOCK_MONOTONIC));
+	return cpu->public.clock;
+}
+
+uint64_t kvmaio_clock_inside(const struct cpu *cpu)
+{
+	const uint64_t ticks = cpu->public.by_wall_clock ? 0 : executed(cpu);
+	return kvmaio_clock(cpu) + (cpu->hooked_for_counting ? ticks : periods(cpu, ticks));
 }
 
 /* ---- exits ------------------------------------------------------------------------ */
@@ -237,7 +257,9 @@ static int slice(struct cpu *cpu)
 			outcome = start_engine(cpu);
 	} while (outcome == GO_ON && (cpu->left || cpu->half) && cpu->elements);
 	cpu->counted = 0; /* nothing of it is given back any more */
-	cpu->public.ticks = kvmaio_ticks_now(cpu);
+	const uint64_t ticks = executed(cpu);
+	cpu->public.ticks += ticks;
+	cpu->public.clock += cpu->hooked_for_counting ? ticks : periods(cpu, ticks);
 	if (cpu->remaining >= 0)
 		cpu->remaining -= cpu->slice - cpu->left;
 	cpu->public.slices++;

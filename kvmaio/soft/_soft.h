@@ -68,7 +68,10 @@ typedef struct kvmaio_soft {
 	int undefined;        /* the last such failure was a #UD */
 	uint64_t run_id;
 	uint64_t ticks;       /* instructions executed so far; nanoseconds while not counting */
-	uint64_t tsc_offset;  /* the time stamp counter is this + ticks */
+	uint64_t tsc_offset;  /* the time stamp counter is this + its clock's periods: */
+	uint64_t clock_hz;    /* of which there are so many in a second, */
+	int by_wall_clock;    /* CLOCK_MONOTONIC's, or else */
+	uint64_t clock;       /* this many so far: those that are executed, and may be set ahead */
 	uint64_t exits, slices, deliveries;
 } kvmaio_soft;
 

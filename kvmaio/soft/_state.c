@@ -225,7 +225,7 @@ int kvmaio_soft_get_msr(kvmaio_soft *public, uint32_t index, uint64_t *value)
 {
 	uc_x86_msr msr = { .rid = index };
 	if (index == MSR_TSC)
-		*value = public->tsc_offset + public->ticks;
+		*value = public->tsc_offset + kvmaio_clock((struct cpu *)public);
 	else if (index == MSR_APIC_BASE)
 		*value = public->page->apic_base;
 	else if (uc(uc_reg_read, ((struct cpu *)public)->engine, UC_X86_REG_MSR, &msr))
@@ -239,7 +239,7 @@ int kvmaio_soft_set_msr(kvmaio_soft *public, uint32_t index, uint64_t value)
 {
 	const uc_x86_msr msr = { .rid = index, .value = value };
 	if (index == MSR_TSC)
-		public->tsc_offset = value - public->ticks;
+		public->tsc_offset = value - kvmaio_clock((struct cpu *)public);
 	else if (index == MSR_APIC_BASE)
 		public->page->apic_base = value;
 	else if (uc(uc_reg_write, ((struct cpu *)public)->engine, UC_X86_REG_MSR, &msr))

@@ -31,7 +31,9 @@ struct kvmaio_soft_cpuid { uint32_t function, index, has_index, eax, ebx, ecx, e
 typedef struct kvmaio_soft {
     struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns;
     int counting, outcome, yielded, keeps_undefined, forgets_handlers, undefined;
-    uint64_t run_id, ticks, tsc_offset, exits, slices, deliveries;
+    uint64_t run_id, ticks, tsc_offset, clock_hz;
+    int by_wall_clock;
+    uint64_t clock, exits, slices, deliveries;
 } kvmaio_soft;
 int kvmaio_soft_create(kvmaio_soft_machine *machine, kvmaio_soft **out);
 void kvmaio_soft_destroy(kvmaio_soft *cpu);

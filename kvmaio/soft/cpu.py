@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,11 @@ class SoftCpu:
         self.handle = out[0]
         self.handle.inline_ns = INLINE_NS
         self.handle.turn_ns = TURN_NS
+        self.handle.clock_hz = clock_hz
+        # A loop with a time of its own, as for `kvmaio.clock.LoopClock`.
+        self._simulated_ns: Callable[[], int] | None = getattr(self._loop, "time_ns", None)
+        self.handle.by_wall_clock = self._simulated_ns is None
+        self._start_tsc()
         self.page: Any = self.handle.page
         raw = ffi.cast("uint8_t *", self.page)
         self.io_words = {
@@ -105,6 +111,22 @@ class SoftCpu:
         self.xcr0 = 1  # x87 alone, as after reset
         # Kicks come from any thread, and must not meet close(); from a signal's handler, too.
         self._lock = RLock()
+
+    # ---- the time stamp counter -------------------------------------------------
+
+    def _start_tsc(self) -> None:
+        """From 0 on, in step with the machine's other CPUs."""
+        machine = self._machine
+        if machine.born_ns is None:
+            machine.born_ns = (self._simulated_ns or time.monotonic_ns)()
+        self._see_time()
+        self.handle.tsc_offset = -(machine.born_ns * self.host_hz // 1_000_000_000) % (1 << 64)
+
+    def _see_time(self) -> None:
+        """Set the clock ahead to simulated time, which goes on while nothing is executed."""
+        if self._simulated_ns is not None:
+            now = self._simulated_ns() * self.host_hz // 1_000_000_000
+            self.handle.clock = max(self.handle.clock, now)
 
     # ---- entering -------------------------------------------------------------
 
@@ -180,6 +202,7 @@ class SoftCpu:
     def begin(self, limit_ns: int) -> None:
         # Nothing yet: CPUs of one machine take turns anyway, and so their order is fixed.
         self._before = self.handle.ticks
+        self._see_time()
         limit = self._limit(limit_ns)
         # Where there are others, a part first, and at the next time the rest.
         self._is_part = not self._is_part
@@ -268,6 +291,7 @@ class SoftCpu:
     def _read_msrs(self) -> dict[int, int]:
         value = ffi.new("uint64_t *")
         msrs = {}
+        self._see_time()
         for index in MSRS:
             if lib.kvmaio_soft_get_msr(self.handle, index, value) == 0:
                 msrs[index] = int(value[0])
@@ -357,6 +381,7 @@ class SoftCpu:
 
     def set_msrs(self, msrs: Mapping[int, int]) -> None:
         """Put MSRs, those that there are."""
+        self._see_time()
         for index, value in msrs.items():
             if index in MSRS:
                 lib.kvmaio_soft_set_msr(self.handle, index, value)

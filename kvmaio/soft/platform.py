@@ -32,6 +32,7 @@ class SoftMachine:
     def __init__(self) -> None:
         self.handle: CData | None = lib.kvmaio_soft_machine_create()
         self._end_watch: Callable[[], None] = lambda: None
+        self.born_ns: int | None = None  # when time stamp counters began
         self._views: dict[int, Any] = {}  # base -> what keeps the region's memory in place
 
     def attach_memory(self, memory: GuestMemory) -> None:

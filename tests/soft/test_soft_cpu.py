@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import re
@@ -16,6 +17,7 @@ from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.exits import DebugEventExit, HaltExit, InterruptedExit, IoExit, MmioExit
 from kvmaio.soft.cpu import SoftCpu
+from kvmaio.timed_cpu import TimedCpu
 from tests.assembler import assemble
 from tests.engine.support import deadline
 
@@ -137,7 +139,8 @@ async def chunked(chunk):
                     if not exit_.is_write:
                         vcpu.model.io_words[1][vcpu.model.page.io.data_offset] = exits & 0xFF
         digest = hashlib.sha256(machine.memory.read(0, 0x10000)).hexdigest()
-        return vcpu.dump(), vcpu.stats.numInsts, exits, digest
+        # The time stamp counter is the wall clock's here.
+        return re.sub(r"\w+ TSC\n", "", vcpu.dump()), vcpu.stats.numInsts, exits, digest
 
 
 async def test_chunks_of_any_size_are_the_same_run():
@@ -233,6 +236,54 @@ async def simulated_run() -> tuple[object, ...]:
         (vcpu,) = machine.vcpus
         digest = hashlib.sha256(machine.memory.read(0, 1 << 20)).hexdigest()
         return digest, vcpu.dump(), vcpu.stats.as_dict(), machine.clock.now_ns
+
+
+class Alarmed(Device):
+    """Answers reads by the time; 50 us after a write, it interrupts."""
+
+    size = 4
+
+    def read(self, offset: int, size: int) -> int:
+        return self.clock.now_ns
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.alarm.arm(self.clock.now_ns + 50_000)
+
+    async def run(self) -> None:
+        async for _ in self.alarm:
+            self.irq.pulse()
+
+
+HALTED_BETWEEN = (
+    *("mov word ptr [0xa0], offset handler", "mov word ptr [0xa2], 0", "out 0x10, eax"),
+    *("rdtsc", "mov esi, eax", "in eax, 0x10", "mov edi, eax", "sti", "hlt", "cli"),
+    *("rdtsc", "mov ebx, eax", "in eax, 0x10", "mov ecx, eax", "hlt", "handler: iret"),
+)
+
+
+def test_the_time_stamp_counter_is_simulated_time_also_while_halted():
+    async def run() -> tuple[int, ...]:
+        async with Machine(cpu="soft", memory="1M") as machine:
+            machine.attach(Alarmed(), pio=0x10, irq=8)
+            machine.load(Flat(assemble(HALTED_BETWEEN, "real16", 0x1000), 0x1000))
+            async with deadline(30):
+                assert await machine.run() == Halted()
+            (vcpu,) = machine.vcpus
+            # A value that is written stays, and goes on with time.
+            assert isinstance(vcpu.model, TimedCpu)
+            model = vcpu.model.model
+            assert isinstance(model, SoftCpu)
+            model.set_msrs({0x10: 1 << 40})
+            assert model.read_state().msrs[0x10] == 1 << 40
+            await asyncio.sleep(1e-6)
+            assert model.read_state().msrs[0x10] == (1 << 40) + 1000
+            context = vcpu.context
+            return context.rsi, context.rdi, context.rbx, context.rcx
+
+    tsc, time, later_tsc, later_time = first = kvmaio.run(run(), time="simulated")
+    assert later_time - time > 49_000
+    assert later_tsc - tsc == later_time - time
+    assert kvmaio.run(run(), time="simulated") == first
 
 
 def test_the_same_program_makes_the_same_run():
