@@ -28,7 +28,7 @@ from .interrupts import Interrupts
 from .memory import GuestMemory
 from .memory_image import MemoryImage
 from .stats import Statistics
-from .vcpu import SAVED_BESIDE_STATE
+from .vcpu_at_rest import SAVED_BESIDE_STATE
 
 if TYPE_CHECKING:
     from .machine import Machine

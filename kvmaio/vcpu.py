@@ -15,46 +15,46 @@ The states and transitions are gem5's (`BaseKvmCPU`)::
                  handler suspends ▼       │ handler answers
                           RUNNING_MMIO_PENDING
 
-This module is the only place that changes a vCPU's state.
+This module, with `vcpu_at_rest`, is the only place that changes a vCPU's state.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
-import enum
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 
 from .bus import Bus
-from .checkpoint import SavedCpu
 from .clock import Clock
 from .cpu import Context, CpuModel, CpuState, EntryResult
 from .decode import decode
 from .entry import Entry
 from .errors import ConfigurationError, GuestError
-from .exits import EndRun, InterruptedExit, Outcome, VmExit
+from .exits import EndRun, InterruptedExit, VmExit
 from .instruction_events import InstructionEvents, instruction_stop
 from .registers_sync import Newer
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
 from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
+from .vcpu_at_rest import CLOSED, RestingVCpu
+from .vcpu_states import (
+    COMPLETION,
+    IDLE,
+    PENDING,
+    RUNNING,
+    SERVICE,
+    VCpuHooks,
+    VCpuOwner,
+    VCpuState,
+)
 
 if TYPE_CHECKING:
-    from .assist import Assist, Assisted
+    from .assist import Assist
 
 __all__ = ["VCpu", "VCpuHooks", "VCpuOwner", "VCpuState", "current_vcpu", "serving_vcpu"]
-
-SAVED_BESIDE_STATE = frozenset(
-    {
-        *("active", "fresh", "halted", "suspended", "awaits_start_up", "was_stepped"),
-        *("vectors", "nmi", "instructions"),
-    }
-)
-"""What `VCpu.save()` knows beside the processor's state."""
 
 APIC_BASE = 0xFEE0_0800
 APIC_BASE_BSP = 1 << 8
@@ -83,68 +83,11 @@ serving_vcpu = _current_name.get
 with a trace on, each access asks."""
 
 
-class VCpuState(enum.Enum):
-    """gem5's states of a KVM CPU."""
-
-    IDLE = "Idle"
-    RUNNING = "Running"
-    RUNNING_SERVICE = "RunningService"
-    RUNNING_SERVICE_COMPLETION = "RunningServiceCompletion"
-    RUNNING_MMIO_PENDING = "RunningMMIOPending"
-
-
-IDLE = VCpuState.IDLE
-RUNNING = VCpuState.RUNNING
-SERVICE = VCpuState.RUNNING_SERVICE
-COMPLETION = VCpuState.RUNNING_SERVICE_COMPLETION
-PENDING = VCpuState.RUNNING_MMIO_PENDING
-
 # Looking up an enum's member takes a tenth of a microsecond; these are needed at each exit.
 _EXIT = EntryResult.EXIT
 
 
-@attrs.frozen
-class VCpuHooks:
-    """What to call when something happens to a vCPU; None: nothing.
-
-    Attributes:
-        left: an entry ended: its result, the exit's reason, guest nanoseconds executed.
-        stalls: a handler has suspended, in words which; what it returns is called when the
-            vCPU goes on.
-        injected: an interrupt is injected; None is an NMI.
-        assisted: the software CPU has executed what KVM could not.
-    """
-
-    left: Callable[[EntryResult, int, int], None] | None = None
-    stalls: Callable[[str], Callable[[], None]] | None = None
-    injected: Callable[[int | None], None] | None = None
-    assisted: Callable[[Assisted], None] | None = None
-
-
-class VCpuOwner(Protocol):
-    """What a vCPU tells the machine it belongs to."""
-
-    watches_exits: bool
-    """Are writes batched? If not, an exit is served straight away."""
-
-    @property
-    def posted_lock(self) -> asyncio.Lock:
-        """Held while batched writes are being served, so that exits stay behind them."""
-
-    def check_steppable(self) -> None:
-        """Raise ConfigurationError if a vCPU cannot be run by hand now."""
-
-    def idle(self, vcpu: VCpu) -> None:
-        """The vCPU has become idle."""
-
-    def ended(self, vcpu: VCpu, outcome: Outcome) -> None:
-        """The vCPU's guest ended the run."""
-
-    def failed(self, vcpu: VCpu, error: BaseException) -> None:
-        """An exit could not be served, or the host refused to run the guest."""
-
-
-class VCpu:
+class VCpu(RestingVCpu):
     """One virtual CPU.
 
     Attributes:
@@ -156,8 +99,6 @@ class VCpu:
         awaits_start_up: it is idle because of INIT.
         was_stepped: `run()` has been called.
         held: a debugger keeps it out of its guest while others run.
-        gives_up_failed: a drain leaves an exit alone whose service has failed, for a restore
-            is to follow.
     """
 
     def __init__(
@@ -172,6 +113,7 @@ class VCpu:
         host_factor: float = 1.0,
         clock_hz: int = 1_000_000_000,
     ) -> None:
+        super().__init__()
         self.index = index
         self.name = f"cpu{index}"
         self.model = model
@@ -206,14 +148,6 @@ class VCpu:
         self._init_due = False  # INIT came while something was in flight
         self._start_up_due: int | None = None  # and then a start-up IPI
         self._wake = asyncio.Event()
-        # Draining: on the way to rest, or there; and what becomes of it then.
-        self._draining = self._at_rest = False
-        self._resumes = False  # drained while it was active
-        self._drain_error: Exception | None = None
-        self._service_failed = False  # of the exit due
-        self.gives_up_failed = False
-        self._drain_waiters: list[asyncio.Future[None]] = []
-        self._restored: CpuState | None = None  # and not entered since
         self._pristine: CpuState | None = None  # as after power-on
 
     # ---- what users see -----------------------------------------------------------
@@ -522,96 +456,6 @@ class VCpu:
         self._init_due, self._start_up_due = False, None
         self._entry.recount(0)
 
-    def save(self) -> SavedCpu:
-        """All state, at rest. What was restored and not entered since is given as it was.
-
-        The processor's clocks go on, and KVM hands some values back in another form.
-
-        Raises:
-            ConfigurationError: it is in the middle of an access that could not be served.
-        """
-        if self._exit_due and not self._service.is_final():
-            raise ConfigurationError(
-                f"{self.name} cannot be saved: {self._service.describe_exit()} could not be served"
-            )
-        registers = attrs.evolve(self._registers.get())
-        self._entry.push_registers()
-        state = self.model.read_state()
-        if self._restored is not None:
-            fresh = state
-            state = attrs.evolve(self._restored, context=registers)
-            if self.model.has_lapic:  # lines and other vCPUs may have reached it
-                state = attrs.evolve(
-                    state, lapic=fresh.lapic, events=fresh.events, mp_state=fresh.mp_state
-                )
-        events = self._entry.events
-        engine = {
-            "active": self._resumes,
-            "fresh": self._fresh,
-            "halted": self.halted,
-            "suspended": self._suspended,
-            "awaits_start_up": self.awaits_start_up,
-            "was_stepped": self.was_stepped,
-            "vectors": self.interrupts.pending,
-            "nmi": self.interrupts.nmi,
-            "instructions": self.stats.numInsts if events is None else events.count,
-        }
-        return SavedCpu(state, engine)
-
-    def restore(self, saved: SavedCpu) -> None:
-        """Take back what `save()` gave, at rest; see `drain`."""
-        engine = saved.engine
-        self._init_due, self._start_up_due = False, None
-        self._exit_due = self._begun = False
-        self._drain_error = None
-        self._entry.abandon_access()
-        self.model.write_state(saved.state)
-        self._registers.taken(saved.state.context)
-        self._entry.page_is_stale = True
-        self._restored = saved.state
-        self._become_idle()
-        self._resumes = bool(engine["active"])
-        self._fresh = bool(engine["fresh"])
-        self.halted = bool(engine["halted"])
-        self._suspended = bool(engine["suspended"])
-        self.awaits_start_up = bool(engine["awaits_start_up"])
-        self.was_stepped = self.was_stepped or bool(engine["was_stepped"])
-        self.interrupts.clear()
-        for vector in engine["vectors"]:
-            self.interrupts.add(vector)
-        self.interrupts.nmi = bool(engine["nmi"])
-        if engine["instructions"] is not None and self.model.instructions is None:
-            with contextlib.suppress(ConfigurationError):  # a host that cannot count
-                self._events()  # which knows it until the guest runs uncounted
-        self._entry.recount(engine["instructions"])
-
-    def take_over(self, model: CpuModel) -> CpuModel:
-        """Go on with `model` (gem5: switchOut, takeOverFrom); the other one, to be closed.
-
-        All state goes over at once; what `model` cannot hold it reports.
-
-        Raises:
-            ConfigurationError: not at rest, or `model` is the present one.
-        """
-        if not self._at_rest:
-            raise ConfigurationError(f"{self.name} must be drained before another model takes over")
-        if model is self.model:
-            raise ConfigurationError(f"{self.name} cannot take over from itself")
-        saved, switched_out = self.save(), self.model
-        try:
-            self._use_model(model)
-            self.restore(saved)
-        except BaseException:
-            self._use_model(switched_out)
-            self.restore(saved)
-            raise
-        return switched_out
-
-    def _use_model(self, model: CpuModel) -> None:
-        self.model = model
-        self._entry.use_model(model)
-        self._service.use_model(model)
-
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
         return decode(self.model.page, self.model.io_words, self._entry.ticks)
@@ -729,94 +573,11 @@ class VCpu:
         """End the model's thread. Idempotent."""
         self._closed = True
         self._tell_drain_waiters()
-        self._registers.locked = _CLOSED
+        self._registers.locked = CLOSED
         if self._entry.events is not None:
             self._entry.events.close()
         self.model.close()
         self._service.close()
-
-    # ---- draining (gem5: drain, tryDrain, drainResume), see `drain.Participant` -----------
-
-    def begin_drain(self) -> None:
-        self._draining = True
-        self._drain_error = None
-        self._allowed = False
-        self.model.kick_run()
-        self._wake.set()
-
-    def is_drained(self) -> bool:
-        if self._closed:
-            raise ConfigurationError(_CLOSED)
-        if self._drain_error is not None:
-            raise ConfigurationError(f"{self.name} cannot be drained: {self._drain_error}") from (
-                self._drain_error
-            )
-        return self._at_rest
-
-    async def settle(self) -> None:
-        while self._draining and self._has_work and not self._closed:
-            future = asyncio.get_running_loop().create_future()
-            self._drain_waiters.append(future)
-            await future
-
-    def end_drain(self) -> None:
-        self._draining = False
-        if self._at_rest:
-            self._at_rest = False
-            if self._resumes:
-                self._resumes = False
-                self._become_active()
-            elif self.halted and not self._suspended and self._has_something_to_take:
-                self.activate()  # it came while everything was at rest
-        self._tell_drain_waiters()
-
-    def holding(self) -> str:
-        if self._unanswered:
-            return f"{self.name} waits for {self._service.describe_exit()} ({self._state.value})"
-        what = "an injected event is not taken" if not self._exit_due else "an exit is due"
-        return f"{self.name} is {self._state.value}: {what}"
-
-    async def _come_to_rest(self) -> None:
-        """Serve and complete what is in flight; injects nothing new and runs on only for that."""
-        entry = self._entry
-        while self._draining and not self._at_rest:
-            if entry.inside:
-                await entry.left()  # it is being run by hand
-            elif entry.events is not None and entry.events.fired:
-                await entry.events.let_waiters_run()
-            elif self._exit_due and not self._stays_due:
-                pending = self._begin_watched()
-                if pending is not None:
-                    rest = drive(pending)
-                    if isinstance(rest, Suspended):
-                        await self.finish_service(rest)
-                self._exit_due = False
-                if self._state is SERVICE:
-                    self._state = RUNNING
-            elif self._exit_due or await entry.drain() is None:
-                self._rest_now()
-            else:
-                self._restored = None
-
-    @property
-    def _stays_due(self) -> bool:
-        """Is nothing to be done about the exit due?"""
-        return self._service.is_final() or (self._service_failed and self.gives_up_failed)
-
-    def _rest_now(self) -> None:
-        self._registers.get()
-        self._resumes = self._state is not IDLE
-        self._state = IDLE
-        self._at_rest = True
-        if self._init_due:
-            self._take_init()
-        self._tell_drain_waiters()
-
-    def _tell_drain_waiters(self) -> None:
-        waiters, self._drain_waiters = self._drain_waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     # ---- the end of an entry -----------------------------------------------------------
 
@@ -988,6 +749,3 @@ class VCpu:
 
     def __repr__(self) -> str:
         return f"<VCpu {self.name} {self._state.value}>"
-
-
-_CLOSED = "the machine is closed, and its registers are gone"

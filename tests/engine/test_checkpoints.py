@@ -28,7 +28,7 @@ from kvmaio.checkpoint import SavedCpu
 from kvmaio.devices import CountdownTimer, DebugExit
 from kvmaio.errors import ConfigurationError
 from kvmaio.snapshot import ENGINE
-from kvmaio.vcpu import SAVED_BESIDE_STATE
+from kvmaio.vcpu_at_rest import SAVED_BESIDE_STATE
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
 
