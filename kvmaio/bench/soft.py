@@ -10,6 +10,7 @@ from ..device import Device
 from ..exits import Exited
 from ..kvm.host import kvm_kind
 from ..machine import Machine
+from ..soft.library import why_not
 from .guests import AsyncDevice
 from .harness import Bench, Gate, Row, figure
 
@@ -35,6 +36,9 @@ def _loop(body: bytes, turns: int) -> bytes:
 
 async def measure(bench: Bench) -> AsyncIterator[Row]:
     """Instructions with and without exact counts, exits to async handlers, assists."""
+    if (reason := why_not()) is not None:
+        yield Row("soft", "the software CPU", bench.loop, note=reason)
+        return
     yield await _speed(bench, "counted exactly", counting=True, at_least=15)
     yield await _speed(bench, "uncounted", counting=False, at_least=60)
     yield await _exits(bench, "writes to an async handler", _OUT)
