@@ -11,11 +11,13 @@ from kvmaio import Machine
 from tests.assembler import assemble
 from tests.test_cli import error_line, kvmaio
 
-# Prints a and waits for as long as it takes to be stopped; then b, and ends with the code 7.
+# Prints a and waits for 2^30 cycles, long enough to be stopped on any host; then b, and ends
+# with the code 7.
 LETTERS = assemble(
     (
-        *("mov dx, 0x3f8", "mov al, 0x61", "out dx, al", "mov ecx, 300000"),
-        *("wait: dec ecx", "jnz wait", "mov al, 0x62", "out dx, al", "mov al, 3", "out 0xf4, al"),
+        *("mov dx, 0x3f8", "mov al, 0x61", "out dx, al", "rdtsc", "mov esi, eax"),
+        *("add esi, 0x40000000", "wait: rdtsc", "sub eax, esi", "js wait"),
+        *("mov dx, 0x3f8", "mov al, 0x62", "out dx, al", "mov al, 3", "out 0xf4, al"),
     ),
     "real16",
     0x1000,
