@@ -59,7 +59,7 @@ async def test_timer_ticks_through_the_8259a_wake_a_halted_guest(boot):
         *handler16(8, "tick"),
         *("mov al, 0x34", "out 0x43, al", "mov ax, 2386", "out 0x40, al"),  # 500 Hz
         *("mov al, ah", "out 0x40, al", "mov cx, 5", "sti"),
-        *("wait: hlt", "cmp cx, 0", "jne wait", "mov al, 7", "out 0xf4, al"),
+        *("wait: hlt", "cmp cx, 0", "jg wait", "mov al, 7", "out 0xf4, al"),  # a slow host: below
         *("tick: dec cx", "mov al, 0x20", "out 0x20, al", "iret"),
         irqchip="devices",
     )
@@ -366,7 +366,7 @@ async def test_a_checkpoint_goes_on_in_a_fresh_machine(boot, assembler):
         assert 5 <= ticks(fresh) < TICKS
         assert fresh.vcpus[1].awaits_start_up
         assert await fresh.run() == Exited(15)
-        assert ticks(fresh) == TICKS
+        assert ticks(fresh) >= TICKS  # on a slow host, further ones come before the end
 
 
 async def test_a_copy_has_controllers_of_its_own(boot):

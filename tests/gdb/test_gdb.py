@@ -16,7 +16,7 @@ from kvmaio import Exited, GuestError, Halted, Stopped
 from kvmaio.checkpoint import Checkpoint
 from kvmaio.gdb.packets import INTERRUPT, PacketStream
 from kvmaio.testing import BenchMachine
-from tests.engine.support import deadline, is_pvm
+from tests.engine.support import deadline, host_only, is_pvm
 from tests.test_cli import KVMAIO, TIME_LIMIT_S, Terminal
 
 pytestmark = pytest.mark.kvm
@@ -289,6 +289,7 @@ async def test_cancelling_run_while_gdb_has_the_guest(boot):
         assert await running == Halted()
 
 
+@host_only(pvm=True, why="known defect: a step beside KVM's local APICs runs on, on SVM")
 async def test_vcpus_are_threads(boot):
     machine = boot("again: inc ebx", "jmp again", vcpus=2)
     async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
@@ -306,6 +307,7 @@ async def test_vcpus_are_threads(boot):
         assert await running == Stopped("killed by gdb")
 
 
+@host_only(pvm=True, why="known defect: a step beside KVM's local APICs runs on, on SVM")
 async def test_a_vcpu_steps_alone_or_with_the_others(boot):
     machine = boot("again: inc ebx", "jmp again", vcpus=2)
     other = machine.vcpus[1]
