@@ -104,7 +104,7 @@ def why_no_guest(cpu: str = "auto") -> str | None:
     """Why no guest can run here on `cpu`, in one line with what to do; None if one can."""
     try:
         from .kvm.host import usable
-        from .soft.library import why_not
+        from .soft.loader import why_not
     except ImportError as error:
         return f"kvmaio's C core is not built ({error}); install kvmaio with a C compiler at hand"
     no_kvm = usable() if cpu != "soft" else None
@@ -145,7 +145,7 @@ def examine() -> Report:
     if report.problem is not None:
         return report
     from .kvm.host import usable
-    from .soft.library import why_not
+    from .soft.loader import why_not
 
     report.cpu, report.choice = _choice(usable(), why_not())
     if report.cpu == "kvm":

@@ -108,7 +108,7 @@ def choose(irqchip: str | None = None) -> str:
         ConfigurationError: neither is; says what to install.
     """
     from .kvm.host import usable
-    from .soft.library import why_not
+    from .soft.loader import why_not
 
     no_kvm = usable()
     if no_kvm is None:
@@ -123,6 +123,6 @@ def choose(irqchip: str | None = None) -> str:
 
 def can_assist() -> bool:
     """Is the software CPU here, for what KVM cannot emulate?"""
-    from .soft.library import why_not
+    from .soft.loader import why_not
 
     return why_not() is None

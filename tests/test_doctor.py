@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import kvmaio.kvm.host
-import kvmaio.soft.library
+import kvmaio.soft.loader
 from kvmaio import doctor
 from kvmaio.cli.doctor import render
 from kvmaio.doctor import Capability, Report, Tool
@@ -67,7 +67,7 @@ def test_text_says_what_emulated_means_where_it_matters():
 def test_without_kvm_it_says_what_to_do(monkeypatch):
     reason = "open /dev/kvm: No such file or directory [ENOENT]; there is no KVM here: load kvm_amd"
     monkeypatch.setattr(kvmaio.kvm.host, "usable", lambda: reason)
-    monkeypatch.setattr(kvmaio.soft.library, "why_not", lambda: "install unicorn")
+    monkeypatch.setattr(kvmaio.soft.loader, "why_not", lambda: "install unicorn")
     report = doctor.examine()
     assert (report.can_run, report.modes, report.costs) == (False, [], [])
     text = words(report)

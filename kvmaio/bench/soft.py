@@ -10,7 +10,7 @@ from ..device import Device
 from ..exits import Exited
 from ..kvm.host import kvm_kind
 from ..machine import Machine
-from ..soft.library import why_not
+from ..soft.loader import why_not
 from .guests import AsyncDevice
 from .harness import Bench, Gate, Row, figure
 

@@ -191,7 +191,8 @@ class Debugger:
             for vcpu in self.machine.vcpus:
                 vcpu.held = go is not None and go.alone and vcpu is not go.step
             steppers = await self._arm(None if go is None else go.step)
-            ending: Outcome | BaseException = await run()
+            # A step that is refused has stopped already: stop() would not reach a run to come.
+            ending: Outcome | BaseException = _OURS if self._hit is not None else await run()
         except Exception as error:
             ending = error
         finally:

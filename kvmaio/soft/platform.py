@@ -13,7 +13,7 @@ from ..kvm.saving import get_cpuid_tables, set_cpuid_tables
 from ..memory import GuestMemory, MemoryRegion
 from ._soft import ffi, lib
 from .cpu import SoftCpu
-from .library import load
+from .loader import load
 
 if TYPE_CHECKING:
     from ..kvm._native import CData

@@ -12,8 +12,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+import kvmaio.vcpu
 from kvmaio import Exited, GuestError, Halted, Stopped
 from kvmaio.checkpoint import Checkpoint
+from kvmaio.errors import ConfigurationError
 from kvmaio.gdb.packets import INTERRUPT, PacketStream
 from kvmaio.testing import BenchMachine
 from tests.engine.support import deadline, host_only, is_pvm
@@ -289,7 +291,6 @@ async def test_cancelling_run_while_gdb_has_the_guest(boot):
         assert await running == Halted()
 
 
-@host_only(pvm=True, why="known defect: a step beside KVM's local APICs runs on, on SVM")
 async def test_vcpus_are_threads(boot):
     machine = boot("again: inc ebx", "jmp again", vcpus=2)
     async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
@@ -307,7 +308,7 @@ async def test_vcpus_are_threads(boot):
         assert await running == Stopped("killed by gdb")
 
 
-@host_only(pvm=True, why="known defect: a step beside KVM's local APICs runs on, on SVM")
+@host_only(pvm=True, why="VMX and SVM do not step beside KVM's own local APICs; GDB is told")
 async def test_a_vcpu_steps_alone_or_with_the_others(boot):
     machine = boot("again: inc ebx", "jmp again", vcpus=2)
     other = machine.vcpus[1]
@@ -322,6 +323,23 @@ async def test_a_vcpu_steps_alone_or_with_the_others(boot):
         client.interrupt()
         assert (await client.reply()).startswith("T02")
         assert other.context.rbx > 0
+        assert await client.ask("vKill;1") == "OK"
+        await running
+
+
+async def test_a_step_that_is_refused_stops_where_it_is(boot, monkeypatch):
+    """As beside KVM's own local APICs on VMX and SVM: GDB is told, and nothing runs."""
+
+    def refuse(*_: object) -> None:
+        raise ConfigurationError("no steps here")
+
+    machine = boot("again: inc ebx", "jmp again")
+    monkeypatch.setattr(kvmaio.vcpu, "instruction_stop", refuse)
+    async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
+        running = asyncio.create_task(machine.run())
+        assert "no steps here" in bytes.fromhex((await client.ask("vCont;s:1"))[1:]).decode()
+        assert await client.reply() == "T05thread:1;"
+        assert machine.vcpus[0].context.rbx == 0
         assert await client.ask("vKill;1") == "OK"
         await running
 
