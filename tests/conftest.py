@@ -1,5 +1,7 @@
 """Fixtures and settings that all tests share."""
 
+import faulthandler
+import os
 import signal
 from collections.abc import Callable
 
@@ -24,3 +26,29 @@ settings.load_profile("kvmaio")
 def kvmaio_assembler() -> Callable[..., bytes]:
     """`boot()` takes guest code from tests/guests, where it is kept."""
     return assemble
+
+
+# A test's time limit raises an exception in it, once. Where a callback of the loop swallows that,
+# or C code never returns, the whole run would hang: then it ends, and says where everyone was.
+GRACE_S = 120
+STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)  # the real one: tests have their own
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[STDERR])
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings) -> None:
+    faulthandler.dump_traceback_later(
+        settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR]
+    )
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    faulthandler.cancel_dump_traceback_later()

@@ -1,7 +1,6 @@
 """Console: expect(), sinks, and connections to the outside on both event loops."""
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import re
@@ -20,18 +19,10 @@ from kvmaio.devices.connections import FdConnection, StreamConnection
 from kvmaio.devices.console import ConsoleOutput
 from kvmaio.errors import ConfigurationError, ConsoleTimeout
 from kvmaio.testing import BusDriver, settle
+from tests.leftovers import Held, nothing_left
 
 DATA, FCR, LSR = 0, 2, 5
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-
-
-def open_files():
-    """What this process has open, descriptor by descriptor."""
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one of listdir itself
-            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
-    return found
 
 
 async def open_a_first_stream():
@@ -50,11 +41,11 @@ def on_loop(request):
     def run(story):
         async def checked():
             await open_a_first_stream()
-            before = open_files()
+            before = Held.now()
             await story
             await settle()
             assert asyncio.all_tasks() == {asyncio.current_task()}
-            assert open_files() == before
+            nothing_left(before)
 
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
             runner.run(checked())

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,6 @@ __all__ = [
     "deadline",
     "host_only",
     "is_pvm",
-    "open_files",
-    "threads",
     "until",
 ]
 
@@ -44,20 +41,6 @@ async def until(condition: Callable[[], object]) -> None:
     """Let the loop go on until `condition` holds; within a `deadline()`."""
     while not condition():  # noqa: ASYNC110 (an entry has no event to wait for)
         await asyncio.sleep(0)
-
-
-def threads() -> set[str]:
-    """This process's threads."""
-    return set(os.listdir("/proc/self/task"))
-
-
-def open_files() -> dict[str, str]:
-    """Open descriptors, with what they lead to."""
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the directory's own
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return found
 
 
 class Diary(Device):

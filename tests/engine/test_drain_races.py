@@ -17,8 +17,9 @@ from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import DrainTimeout
 from tests.assembler import assemble
-from tests.engine.support import LAB, deadline, open_files, threads, until
+from tests.engine.support import LAB, deadline, until
 from tests.engine.test_races import COUNT, RACES, Counter
+from tests.leftovers import Held, no_more_than
 from tests.plugin_summary import why_not_soft
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -40,7 +41,7 @@ class SavedCounter(Counter):
 @pytest.mark.parametrize("irqchip", [None, "kernel"])
 async def test_random_moments(waits, irqchip):
     chosen = random.Random(f"{waits} {irqchip}")
-    before = len(threads()), len(open_files())
+    before = Held.now()
     done: dict[str, int] = {}
     async with deadline(300), Machine(memory="1M", irqchip=irqchip) as machine:
         device = machine.attach(SavedCounter(chosen, waits), pio=0x10)
@@ -67,7 +68,7 @@ async def test_random_moments(waits, irqchip):
         assert await state["run"] == Stopped("over")
     assert len(done) == len(operations) or LAB
     state.clear()  # a checkpoint that was restored keeps its image for the next time
-    assert (len(threads()), len(open_files())) <= before
+    no_more_than(before)
 
 
 async def drain(state: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import ConfigurationError
 from tests.assembler import assemble
-from tests.engine.support import deadline, open_files, threads, until
+from tests.engine.support import deadline, until
+from tests.leftovers import Held, no_more_than
 
 pytestmark = pytest.mark.kvm
 
@@ -81,7 +82,7 @@ async def test_copies_run_on_their_own(machine):
 
 
 async def test_each_is_closed_alone_or_with_the_parent():
-    before = len(threads()), len(open_files())
+    before = Held.now()
     async with deadline():
         machine = await Machine(memory="1M", name="parent").__aenter__()
         equip(machine)
@@ -94,11 +95,11 @@ async def test_each_is_closed_alone_or_with_the_parent():
         with pytest.raises(ConfigurationError, match=r"parent\.copy1 is closed"):
             await other.run()
     del machine, one, other
-    assert (len(threads()), len(open_files())) <= (before[0], before[1])
+    no_more_than(before)
 
 
 async def test_parent_that_closes_meanwhile_leaves_no_copies():
-    before = threads()
+    before = Held.now()
     async with deadline():
         machine = await Machine(memory="1M", name="parent").__aenter__()
         equip(machine)
@@ -107,7 +108,7 @@ async def test_parent_that_closes_meanwhile_leaves_no_copies():
         await machine.close()
         with pytest.raises(ConfigurationError, match="parent is closed"):
             await fork
-    assert threads() <= before
+    no_more_than(before)
 
 
 async def test_copies_of_copies(machine):

@@ -21,7 +21,8 @@ from kvmaio.kvm.cpuid import CpuidEntry, select
 from kvmaio.kvm.vm import KvmVm
 from kvmaio.soft.platform import OwnCpuid, SoftMachine
 from tests.assembler import assemble
-from tests.engine.support import Diary, deadline, host_only, open_files, threads, until
+from tests.engine.support import Diary, deadline, host_only, until
+from tests.leftovers import Held, no_more_than
 
 pytestmark = [pytest.mark.kvm, pytest.mark.soft]
 
@@ -192,11 +193,12 @@ async def test_hand_overs_leave_nothing_behind():
         machine.load(Flat(b"\xf4", 0x1000))
         for cpu in ("soft", "kvm"):
             await machine.switch_cpu(cpu)
-        held = len(threads()), len(open_files()), _alive()
+        held, alive = Held.now(), _alive()
         for _ in range(5):
             for cpu in ("soft", "kvm"):
                 await machine.switch_cpu(cpu)
-        assert (len(threads()), len(open_files()), _alive()) == held
+        no_more_than(held)
+        assert _alive() == alive
         assert await machine.run() == Halted()
 
 

@@ -27,7 +27,8 @@ from kvmaio.kvm.state import get_context, set_context
 from kvmaio.kvm.vm import KvmVm
 from kvmaio.memory import GuestMemory
 from tests.assembler import assemble
-from tests.engine.support import LAB, deadline, open_files, threads, until
+from tests.engine.support import LAB, deadline, until
+from tests.leftovers import Held, nothing_left
 
 RACES = int(os.environ.get("KVMAIO_RACES", "100" if LAB else "100000"))
 
@@ -204,19 +205,13 @@ async def race(cpu, count, seed, *, waits, kicker=False):
         return counter.expected, counter.suspensions
 
 
-async def nothing_left(before):
-    """Threads and files are those of `before`; the system lists a joined thread a little longer."""
-    async with deadline(20):
-        await until(lambda: (threads(), open_files()) == before)
-
-
 PARTS = 8
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(PARTS))
 async def test_races_of_kick_cancel_suspend_stop_and_suspending_devices(kvmaio_cpu, part):
-    before = threads(), open_files()
+    before = Held.now()
     count = RACES // PARTS // 2
     accesses, suspensions = await race(
         kvmaio_cpu, count, seed=part, waits=(0.0, 0.05, 0.3, 0.9)[part % 4], kicker=part >= 4
@@ -224,13 +219,13 @@ async def test_races_of_kick_cancel_suspend_stop_and_suspending_devices(kvmaio_c
     assert accesses > 0
     # A handful of races, as on emulated hardware, may meet no handler that waits.
     assert suspensions > 0 or part % 4 == 0 or count < 1000
-    await nothing_left(before)
+    nothing_left(before)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(2))
 async def test_races_of_close(kvmaio_cpu, part):
-    before = threads(), open_files()
+    before = Held.now()
     rng = random.Random(part)
     code = assemble(COUNT)
     for _ in range(RACES // 200):
@@ -257,7 +252,7 @@ async def test_races_of_close(kvmaio_cpu, part):
                 assert "closed" in str(error)  # noqa: PT017
             else:
                 assert outcome in (Stopped("closed"), Stopped("stopped"))
-    await nothing_left(before)
+    nothing_left(before)
 
 
 @pytest.mark.timeout(600)
@@ -337,11 +332,11 @@ class Core:
 
 @pytest.fixture
 def core(request):
-    before = threads(), open_files()
+    before = Held.now()
     core = Core(assemble(request.param))
     yield core
     core.close()
-    assert (threads(), open_files()) == before
+    nothing_left(before)
 
 
 def linger(turns):

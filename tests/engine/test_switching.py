@@ -14,7 +14,8 @@ from kvmaio.devices import DebugExit
 from kvmaio.errors import ConfigurationError
 from kvmaio.kvm.cpu import KvmCpu
 from tests.assembler import assemble
-from tests.engine.support import Diary, deadline, open_files, threads, until
+from tests.engine.support import Diary, deadline, until
+from tests.leftovers import Held, no_more_than
 from tests.scripted import ScriptedCpu, port_in, scripted_machine
 
 COUNTING = (
@@ -36,14 +37,14 @@ async def test_goes_on_with_a_new_kvm_and_leaves_nothing_of_the_old():
         machine.load(Flat(assemble(COUNTING, "real16", 0x1000), 0x1000))
         run = asyncio.create_task(machine.run())
         await until(lambda: counted(machine) > 10)
-        held = len(threads()), len(open_files())
+        held = Held.now()
         for _ in range(10):
             at = counted(machine)
             old = machine.vcpus[0].model
             await machine.switch_cpu("kvm")
             assert machine.vcpus[0].model is not old
             await until(lambda: counted(machine) > at + 100)  # noqa: B023
-        assert (len(threads()), len(open_files())) == held
+        no_more_than(held)
         diary.answers = [1]
         assert isinstance(await run, Exited)
 

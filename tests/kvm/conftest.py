@@ -1,7 +1,5 @@
 """Bare VMs and vCPUs, without the engine: what `kvmaio.kvm` itself offers."""
 
-import contextlib
-import os
 import select
 
 import pytest
@@ -11,6 +9,7 @@ from kvmaio.kvm._native import ffi, lib
 from kvmaio.kvm.host import Kvm, check, usable
 from kvmaio.kvm.vm import KvmVm
 from kvmaio.memory import GuestMemory
+from tests.leftovers import Held, nothing_left
 
 SECOND_NS = 1_000_000_000
 
@@ -64,23 +63,14 @@ class BareVcpu:
         lib.kvmaio_hub_destroy(self.hub)
 
 
-def open_files() -> set[str]:
-    """What this process has open."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the listing's own, closed by now
-            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
-    return found
-
-
 @pytest.fixture
 def kvm():
     if reason := usable():
         pytest.skip(reason)
-    before = open_files()
+    before = Held.now()
     with Kvm.open() as kvm:
         yield kvm
-    assert open_files() == before, "file descriptors left open"
+    nothing_left(before)
 
 
 @pytest.fixture

@@ -28,12 +28,10 @@ __all__ = [
     "SVMLAB",
     "Port",
     "cpu_of",
-    "files",
     "machine_with",
     "posix_timers",
     "resident",
     "run_on",
-    "threads",
 ]
 
 SVMLAB = os.environ.get("SVMLAB") == "1"
@@ -109,23 +107,7 @@ async def resident(machine: Machine) -> KvmCpu:
     return cpu
 
 
-def threads() -> int:
-    """How many this process has, KVM's own workers not counted."""
-    names = (task / "comm" for task in Path("/proc/self/task").iterdir())
-    return sum(not name.read_text().startswith("kvm-") for name in names)
-
-
 def posix_timers() -> str:
     """What POSIX timers this process has; empty also where the kernel does not tell."""
     file = Path("/proc/self/timers")
     return file.read_text() if file.exists() else ""
-
-
-def files() -> set[str]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
-        except OSError:  # the listing's own, closed by now
-            continue
-    return found

@@ -24,6 +24,7 @@ from kvmaio.kvm import promotion, resident
 from kvmaio.kvm._native import lib
 from kvmaio.kvm.resident import SelectorTurns, SliceTurns
 from kvmaio.machine import Machine
+from tests.leftovers import Held, nothing_left, threads
 from tests.resident.guests import (
     ALTERNATING,
     COMPUTING,
@@ -35,11 +36,9 @@ from tests.resident.guests import (
     SVMLAB,
     Port,
     cpu_of,
-    files,
     machine_with,
     posix_timers,
     run_on,
-    threads,
 )
 from tests.resident.guests import resident as living_here
 
@@ -604,12 +603,13 @@ def test_a_run_may_be_cancelled_and_begun_again(loop_kind, eager, code):
 @pytest.mark.timeout(60 * PATIENCE + CLOSES)
 @pytest.mark.parametrize("code", [STORMING, ALTERNATING], ids=["storming", "alternating"])
 def test_a_machine_may_be_closed_at_any_moment(loop_kind, eager, code):
-    before = threads(), files(), posix_timers()
+    before, timers = Held.now(), posix_timers()
     pauses = random.Random(CLOSES)
     lived_here = 0
 
     async def main():
         nonlocal lived_here
+        own = Held.now()
         for _ in range(CLOSES):
             async with machine_with(code) as machine:
                 run = asyncio.ensure_future(machine.run())
@@ -620,25 +620,27 @@ def test_a_machine_may_be_closed_at_any_moment(loop_kind, eager, code):
                 lived_here += cpu.is_resident
                 if pauses.random() < 0.3:
                     run.cancel()
-            assert cpu.handle is None and threads() - own == 0
+            assert cpu.handle is None
+            nothing_left(own)
             await asyncio.wait([run])
 
-    own = threads()
     run_on(loop_kind, main())
     assert lived_here > CLOSES / 4
-    assert (threads(), files(), posix_timers()) == before
+    nothing_left(before)
+    assert posix_timers() == timers
 
 
 def test_the_watcher_ends_with_the_last_machine(eager):
     async def main():
-        before = threads(), files(), posix_timers()
+        before, timers = Held.now(), posix_timers()
         async with machine_with(STORMING) as machine:
             run = asyncio.ensure_future(machine.run())
             await living_here(machine)
-            assert threads() == before[0] + 2  # the vCPU's own, and the watcher
+            assert len(threads() - before.threads) == 2  # the vCPU's own, and the watcher
             machine.stop()
             await run
-        assert (threads(), files(), posix_timers()) == before
+        nothing_left(before)
+        assert posix_timers() == timers
 
     run_on("asyncio", main())
 
