@@ -86,6 +86,7 @@ class Bus:
         self._targets: dict[int, Target] = {}
         self._layers: list[Layer] = []
         self._observer: Layer | None = None
+        self._on_change: list[Callable[[], None]] = []
 
     def __iter__(self) -> Iterator[Mapping]:
         return iter(self._mappings)
@@ -115,30 +116,39 @@ class Bus:
         index = bisect_right(self._bases, base)
         self._mappings.insert(index, mapping)
         self._bases.insert(index, base)
-        self._targets.clear()
+        self._forget_targets()
         return mapping
 
     def unmap(self, device: Device) -> None:
         """Take back every window of `device`; a stranger is ignored."""
         self._mappings = [m for m in self._mappings if m.device is not device]
         self._bases = [m.base for m in self._mappings]
-        self._targets.clear()
+        self._forget_targets()
 
     def add_layer(self, layer: Layer) -> None:
         """Have `layer` stand between the guests and the devices, before those that do already."""
         self._layers.append(layer)
-        self._targets.clear()
+        self._forget_targets()
 
     def remove_layer(self, layer: Layer) -> None:
         """Take back `add_layer()`; an unknown layer is ignored."""
         if layer in self._layers:
             self._layers.remove(layer)
-            self._targets.clear()
+            self._forget_targets()
 
     def observe(self, observer: Layer | None) -> None:
         """Have `observer` stand before all layers, in place of another one."""
         self._observer = observer
+        self._forget_targets()
+
+    def on_change(self, told: Callable[[], None]) -> None:
+        """Call `told` whenever what `resolve()` has given is no longer true."""
+        self._on_change.append(told)
+
+    def _forget_targets(self) -> None:
         self._targets.clear()
+        for told in self._on_change:
+            told()
 
     def overlapping(self, base: int, size: int) -> Mapping | None:
         """The first window that shares an address with base..base+size-1."""
@@ -204,6 +214,10 @@ class Bus:
         finally:
             mapping.device.posted_time_ns = None
 
+    def resolve(self, address: int, size: int) -> Target:
+        """Who answers an access of `size` bytes at `address`; until the bus changes."""
+        return self._targets.get(address << 4 | size) or self._resolve(address, size)
+
     def _resolve(self, address: int, size: int) -> Target:
         mapping = self.find(address)
         if mapping is not None and address + size - 1 <= mapping.last:
@@ -219,7 +233,7 @@ class Bus:
             target = self._split_target(address)  # whose pieces have the layers
         # Bounded by the guest's imagination: an open bus probed everywhere must not eat the host.
         if len(self._targets) >= 1 << 14:
-            self._targets.clear()
+            self._forget_targets()
         self._targets[address << 4 | size] = target
         return target
 

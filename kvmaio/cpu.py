@@ -187,6 +187,28 @@ class PostedWrite(NamedTuple):
     is_pio: bool
 
 
+class AccessBurst(Protocol):
+    """A guest's plain accesses, one after the other: entries with nothing to look at between."""
+
+    @property
+    def next(self) -> Callable[[], int]:
+        """Enters the guest, without a limit; gives the access that it then makes, as
+        ``address << 6 | size << 2 | is_write << 1 | is_pio``. Else -1, and `end()` tells."""
+
+    def end(self) -> EntryResult | None:
+        """What the last `next()` led to, if not to a plain access; as `CpuModel.enter()`."""
+
+    def words(self, key: int) -> Any:
+        """Where the run page has the data of an access, as an array of one word of its size."""
+
+    def take_ns(self) -> int:
+        """The host time executed since this was last called, of the entries with an access."""
+
+    @property
+    def executed_ns(self) -> int:
+        """Host time of the last entry."""
+
+
 class CpuModel(Protocol):
     """One vCPU's engine. Unless said otherwise, calls are made on the loop's thread.
 
@@ -213,6 +235,9 @@ class CpuModel(Protocol):
         Raises:
             HostError: the host refused.
         """
+
+    def burst(self) -> AccessBurst | None:
+        """The way in for plain accesses back to back; None where there is none at present."""
 
     async def left(self) -> EntryResult:
         """Wait until the guest has been left. If cancelled, await it again later."""

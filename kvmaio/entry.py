@@ -9,7 +9,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from .cpu import CpuModel, EntryResult
+from .cpu import AccessBurst, CpuModel, EntryResult
 from .errors import ConfigurationError
 from .instruction_events import InstructionEvents
 from .interrupts import Interrupts
@@ -153,11 +153,28 @@ class Entry:
             # without a call.
             registers.newer = _MODEL
             registers.access_pending = False
+        return self._begun(result)
+
+    def _begun(self, result: EntryResult | None) -> EntryResult | None:
         if result is None:
             self.inside = True
-            registers.locked = _LOCKED
+            self.registers.locked = _LOCKED
             return None
         return self._account(result, half=self._was_half)
+
+    def end_burst(self, burst: AccessBurst) -> EntryResult | None:
+        """An entry of `burst` did not end with a plain access; as `begin()`."""
+        self._was_half = False
+        try:
+            result = burst.end()
+        finally:
+            self.registers.entered()
+        return self._begun(result)
+
+    def executed(self, last_ns: int, *, in_all_ns: int = 0) -> None:
+        """Book the host time of entries that ended with accesses, in a burst."""
+        self._executed_ns, self._was_half = last_ns, False
+        self.stats.numCycles += in_all_ns * self._milli_cycles_per_us // 1_000_000
 
     async def arrival(self) -> EntryResult:
         """Wait for the end of the entry that `begin()` began."""

@@ -305,6 +305,8 @@ class Machine(Board):
 
     def _attached(self, device: Device) -> None:
         self.watches_exits = bool(self.paths)
+        for vcpu in self.vcpus:
+            vcpu.disturbed = True
         if self._loop is not None:
             self._give_clock(device)
         if self.barrier.is_down:

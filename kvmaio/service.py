@@ -155,7 +155,7 @@ class Service:
         if not isinstance(value, int):
             value = drive(value)
             if not isinstance(value, int):
-                return self._store(value, words, first, _MASKS[size])
+                return self.store(value, words, first, _MASKS[size])
         words[first] = value & _MASKS[size]
         return None
 
@@ -187,11 +187,12 @@ class Service:
         if not isinstance(value, int):
             value = drive(value)
             if not isinstance(value, int):
-                return self._store(value, self._mmio_word, 0, _MASKS[size])
+                return self.store(value, self._mmio_word, 0, _MASKS[size])
         self._mmio_word[0] = value & _MASKS[size]
         return None
 
-    async def _store(self, rest: Suspended[int], words: Any, index: int, mask: int) -> None:
+    async def store(self, rest: Suspended[int], words: Any, index: int, mask: int) -> None:
+        """Wait for the rest of a read handler, and put its answer where the guest finds it."""
         value = a_number(await rest if isinstance(rest, Suspended) else rest)
         if not self._vcpu.is_closed:  # a handler may take its time to be cancelled
             words[index] = value & mask

@@ -17,7 +17,9 @@ class Suspended(Generic[T]):
 
     __slots__ = ("_rest", "_waiting_for")
 
-    def __init__(self, rest: Generator[Any, Any, T], waiting_for: Any) -> None:
+    def __init__(
+        self, rest: Generator[Any, Any, T] | CoroutineType[Any, Any, T], waiting_for: Any
+    ) -> None:
         self._rest = rest
         self._waiting_for = waiting_for
 

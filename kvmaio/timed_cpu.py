@@ -81,6 +81,9 @@ class TimedCpu:
 
     # ---- entering ---------------------------------------------------------------
 
+    def burst(self) -> None:
+        return None  # each entry is the loop's to schedule
+
     def enter(self, limit_ns: int | None) -> EntryResult | None:
         self._executed_ns = 0
         if limit_ns == 0 or self._kicked:

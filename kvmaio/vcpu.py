@@ -39,7 +39,8 @@ from .registers_sync import Newer
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
 from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
-from .vcpu_at_rest import CLOSED, RestingVCpu
+from .vcpu_at_rest import CLOSED
+from .vcpu_burst import BurstingVCpu
 from .vcpu_states import (
     COMPLETION,
     IDLE,
@@ -87,7 +88,7 @@ with a trace on, each access asks."""
 _EXIT = EntryResult.EXIT
 
 
-class VCpu(RestingVCpu):
+class VCpu(BurstingVCpu):
     """One virtual CPU.
 
     Attributes:
@@ -113,7 +114,7 @@ class VCpu(RestingVCpu):
         host_factor: float = 1.0,
         clock_hz: int = 1_000_000_000,
     ) -> None:
-        super().__init__()
+        super().__init__(pio, mmio)
         self.index = index
         self.name = f"cpu{index}"
         self.model = model
@@ -149,6 +150,7 @@ class VCpu(RestingVCpu):
         self._start_up_due: int | None = None  # and then a start-up IPI
         self._wake = asyncio.Event()
         self._pristine: CpuState | None = None  # as after power-on
+        self._left = None
 
     # ---- what users see -----------------------------------------------------------
 
@@ -316,6 +318,7 @@ class VCpu(RestingVCpu):
         if events is None:
             stop = instruction_stop(self.model)
             events = self._entry.events = InstructionEvents(stop, self.stats, fresh=self._fresh)
+            self.disturbed = True
         return events
 
     def init(self) -> None:
@@ -368,6 +371,10 @@ class VCpu(RestingVCpu):
                             self._state = RUNNING
                     elif self._state is IDLE:
                         break
+                    elif (burst := self._possible_burst()) is not None:
+                        rest_of_it = self._burst(burst)
+                        if rest_of_it is not None:
+                            await rest_of_it
                     elif entry.begin(None) is None:
                         await entry.arrival()
                 if self._draining:
@@ -397,6 +404,7 @@ class VCpu(RestingVCpu):
     def forbid(self) -> None:
         """Have the run loop rest as soon as it can; see `left()`."""
         self._allowed = False
+        self.disturbed = True
         self.model.kick_run()
 
     async def left(self) -> None:
@@ -471,20 +479,13 @@ class VCpu(RestingVCpu):
     def hook(self, hooks: VCpuHooks) -> None:
         """Call `hooks` from now on, and none of those before.
 
-        They are put around methods of this vCPU, so that without one nothing asks for it.
+        Without them next to nothing asks for one.
         """
-        self._entry.on_end = self._entered
+        self._left = hooks.left
+        self.disturbed = True
         self._entry.on_injection = hooks.injected
         self._service.on_assist = hooks.assisted
         self.__dict__.pop("finish_service", None)
-        if (left := hooks.left) is not None:
-            entered_before, entry, service = self._entered, self._entry, self._service
-
-            def entered(result: EntryResult) -> None:
-                entered_before(result)
-                left(result, service.reason, entry.ticks)
-
-            self._entry.on_end = entered
         if (stalls := hooks.stalls) is not None:
 
             async def finish_service(rest: Suspended[None]) -> None:
@@ -532,6 +533,7 @@ class VCpu(RestingVCpu):
 
     def attend(self) -> None:
         """Something is to be delivered: wake a halted guest, interrupt a running one."""
+        self.disturbed = True
         if self._closed:
             return  # a device's timer may outlive the machine
         if self.halted and self._state is IDLE:
@@ -590,6 +592,8 @@ class VCpu(RestingVCpu):
                 self._state = SERVICE
         elif self._state is not IDLE:
             self._state = RUNNING
+        if self._left is not None:
+            self._left(result, self._service.reason, self._entry.ticks)
 
     # ---- serving --------------------------------------------------------------------
 
@@ -735,6 +739,7 @@ class VCpu(RestingVCpu):
 
     def _become_idle(self) -> None:
         self._state = IDLE
+        self.disturbed = True
         self._idle_since_ns = self._clock.now_ns
 
     def _must_be_outside(self, what: str) -> None:

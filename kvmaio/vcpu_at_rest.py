@@ -60,6 +60,7 @@ class RestingVCpu:
     _fresh: bool
     _suspended: bool
     _closed: bool
+    disturbed: bool
     _allowed: bool
     _exit_due: bool
     _begun: bool
@@ -114,6 +115,7 @@ class RestingVCpu:
         self._draining = True
         self._drain_error = None
         self._allowed = False
+        self.disturbed = True
         self.model.kick_run()
         self._wake.set()
 

@@ -214,6 +214,9 @@ class ScriptedCpu:
         self._inside = asyncio.get_running_loop().create_future()
         return None
 
+    def burst(self) -> None:
+        return None
+
     def begin(self, limit_ns: int) -> None:
         self._result = self.enter(limit_ns)
 

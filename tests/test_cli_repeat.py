@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -25,20 +25,23 @@ def echo(tmp_path: Path) -> str:
 
 
 def played(arguments: list[str], trace: Path, pieces: list[bytes]) -> tuple[object, ...]:
-    """Type `pieces` slowly; what came of it, to the last figure and the last record."""
+    """Type each of `pieces` once the one before is echoed; what came of it, to the last record."""
     process = subprocess.Popen(
         [KVMAIO, "run", *arguments, "--stats", "json", "--trace", str(trace)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdin is not None
+    assert process.stdin is not None and process.stdout is not None
+    echoed = b""
     for piece in pieces:
-        time.sleep(0.3)
         process.stdin.write(piece)
         process.stdin.flush()
+        expected = len(echoed) + len(piece.rstrip(b"\0"))
+        while len(echoed) < expected and (data := os.read(process.stdout.fileno(), 100)):
+            echoed += data
     out, errors = process.communicate(timeout=TIME_LIMIT_S)
-    return process.returncode, out, errors, trace.read_bytes()
+    return process.returncode, echoed + out, errors, trace.read_bytes()
 
 
 def test_a_session_repeats_itself(echo, tmp_path):

@@ -74,6 +74,7 @@ typedef struct kvmaio_vcpu {
 	int64_t executed_ns; /* host CPU time */
 	int64_t executed_cycles; /* what cycles_fd counted meanwhile; -1: unknown */
 	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
+	int64_t burst_ns;    /* executed by the runs of kvmaio_resident_next; the loop sets it to 0 */
 	uint64_t entries;    /* KVM_RUN calls so far */
 	uint64_t unrequested; /* of these, ended by an EINTR that nobody asked for */
 
@@ -86,6 +87,7 @@ typedef struct kvmaio_vcpu {
 
 	_Atomic(struct kvmaio_resident *) resident; /* whose thread runs it; NULL: its own */
 	int resident_run;                 /* a run has begun there and not ended */
+	int burst_end;                    /* see kvmaio_resident_next */
 
 	kvmaio_fast *fast; /* what C answers itself, or NULL; set while outside of the guest */
 
@@ -187,6 +189,16 @@ int kvmaio_resident_release(kvmaio_vcpu *vcpu);
  * at once. KVMAIO_LATER: no budget, or it is used up, or others wait, or there is a
  * limit: call kvmaio_resident_wait when the loop has nothing else to do. */
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
+
+/* The same without a limit, for a caller that answers plain accesses back to back: the
+ * access that ended the run, as
+ *
+ *     address << 6 | size << 2 | is_write << 1 | is_pio
+ *
+ * where it is one word of 1, 2, 4 or 8 bytes, a port's at KVMAIO_PIO_DATA in the run
+ * page; else -1, and `burst_end` tells what kvmaio_resident_enter would have returned. */
+#define KVMAIO_PIO_DATA 4096
+int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 
 /* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC): run the
  * guest until it exits, its limit is reached, a descriptor of the loop is ready,

@@ -170,6 +170,7 @@ CORE = """
 #define KVMAIO_INTERRUPTED ...
 #define KVMAIO_TIMER ...
 #define KVMAIO_LATER ...
+#define KVMAIO_PIO_DATA ...
 typedef struct kvmaio_hub { int fd; uint64_t wakeups; ...; } kvmaio_hub;
 typedef struct kvmaio_posted {
     uint64_t address, value; int64_t time_ns; uint32_t size, is_pio;
@@ -186,7 +187,7 @@ typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } k
 typedef struct kvmaio_vcpu {
     kvmaio_run_timer timer;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
-    int64_t executed_ns, executed_cycles, inside_ns; int cycles_fd;
+    int64_t executed_ns, executed_cycles, inside_ns, burst_ns; int cycles_fd, burst_end;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);
@@ -217,6 +218,7 @@ int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 int kvmaio_resident_release(kvmaio_vcpu *vcpu);
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
+int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);

@@ -14,6 +14,7 @@ from ..errors import ConfigurationError, HostError
 from . import state
 from ._native import ffi, lib
 from .breakpoints import check_breakpoints, put_breakpoints
+from .burst import KvmBurst
 from .context import context_from, get_context, set_context
 from .counters import Counter, CounterConfig, cycle_counting, host_hz
 from .cpuid import CpuidEntry
@@ -115,6 +116,7 @@ class KvmCpu:
         self._inside = False
         self._promotion = Promotion(hub.costs)
         self._residents: Residents | None = None
+        self._burst: KvmBurst | None = None
         self._began_limit_ns = 0
         self._sync_left = 0
         self._page_has_registers = False
@@ -138,6 +140,21 @@ class KvmCpu:
             return _EXIT  # as `_result` does, without a call
         if outcome != _LATER:
             return self._result(outcome)
+        self._inside = True
+        residents.park(self)
+        return None
+
+    def burst(self) -> KvmBurst | None:
+        if self._residents is None or self._sync_left or self._page_has_registers:
+            return None
+        return self._burst
+
+    def burst_ended(self) -> EntryResult | None:
+        """How the entry ended, or None if it goes on: see `KvmBurst`."""
+        residents, outcome = self._residents, self.handle.burst_end
+        if outcome != _LATER:
+            return self._result(outcome)
+        assert residents is not None
         self._inside = True
         residents.park(self)
         return None
@@ -247,6 +264,7 @@ class KvmCpu:
         residents = self._hub.residents
         residents.move_in(self)
         self._residents = residents
+        self._burst = KvmBurst(self, residents)
         self._promotion.moved()
         return True
 
@@ -254,7 +272,7 @@ class KvmCpu:
         residents = self._residents
         if residents is not None:
             residents.move_out(self)
-            self._residents = None
+            self._residents = self._burst = None
             self._promotion.moved()
 
     # ---- state ------------------------------------------------------------------

@@ -143,6 +143,9 @@ class SoftCpu:
             self._hand_over()
         return None
 
+    def burst(self) -> None:
+        return None
+
     def _go_on(self) -> None:
         if self.handle is None:
             return

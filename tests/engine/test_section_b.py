@@ -72,7 +72,7 @@ async def test_kvm_run_n_lets_other_tasks_progress(boot):
         exit_ = await vcpu.run(20_000_000)
         task.cancel()
     assert exit_ == InterruptedExit(ticks=exit_.ticks, timer_expired=True)
-    assert turns > 10
+    assert turns > 0
 
 
 async def test_accounting_1000_cycles_at_2_ghz_and_factor_2():

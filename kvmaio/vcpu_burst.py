@@ -1,0 +1,163 @@
+"""`BurstingVCpu`: the part of a `VCpu` that answers accesses which come back to back.
+
+It does what `Entry.begin()` and `Service.begin()` do in turn, for the case that counts: a guest
+that the loop's thread runs makes a plain access, a handler answers it, and nothing else has
+happened. Between two entries there are then only the lines of `_burst()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import CoroutineType
+from typing import Any
+
+from .bus import Bus
+from .cpu import AccessBurst, CpuModel, EntryResult
+from .decode import Reason
+from .registers_sync import Newer
+from .suspension import Suspended, drive
+from .vcpu_at_rest import RestingVCpu
+from .vcpu_states import COMPLETION, RUNNING, SERVICE, VCpuOwner
+
+__all__ = ["BurstingVCpu"]
+
+# Looking up an enum's member takes a tenth of a microsecond.
+_EXIT = EntryResult.EXIT
+_CONTEXT, _MODEL = Newer.CONTEXT, Newer.MODEL
+_IO, _MMIO = int(Reason.IO), int(Reason.MMIO)
+
+MOST_KNOWN = 1 << 12
+"""So many accesses are remembered: a guest that probes everything must not eat the host."""
+
+
+class BurstingVCpu(RestingVCpu):
+    """What it needs of a `VCpu` stands first.
+
+    Attributes:
+        disturbed: something has happened that is looked at between entries: no burst goes on.
+    """
+
+    _owner: VCpuOwner
+    _left: Callable[[EntryResult, int, int], None] | None
+
+    def __init__(self, pio: Bus, mmio: Bus) -> None:
+        super().__init__()
+        self.disturbed = False
+        self._buses = (mmio, pio)
+        # The key of an access -> what to do about it, in the order in which `_burst()` unpacks it.
+        self._known: dict[int, tuple[Any, ...]] = {}
+        pio.on_change(self._known.clear)
+        mmio.on_change(self._known.clear)
+
+    def _possible_burst(self) -> AccessBurst | None:
+        """The model's way in for a burst, if nothing has to be looked at before the entry."""
+        if (
+            self._entry.events is not None
+            or self._registers.newer is _CONTEXT
+            or self.interrupts.need_attention
+            or self._owner.watches_exits
+        ):
+            return None
+        return self.model.burst()
+
+    def _burst(self, burst: AccessBurst) -> Awaitable[object] | None:
+        """Enter and serve accesses until something else comes; what to await then, if anything."""
+        registers, stats, known = self._registers, self.stats, self._known
+        following, left = burst.next, self._left
+        key = following()
+        if key < 0:
+            return self._end_burst(burst)
+        self.disturbed = False
+        registers.newer, registers.access_pending = _MODEL, True
+        # Before the handler runs, which may suspend the vCPU. And not again for each access: while
+        # the guest is inside, nobody looks.
+        self._state, self._exit_due, self._begun = COMPLETION, True, True
+        try:
+            while True:
+                try:
+                    is_write, handler, offset, size, words, mask, update = known[key]
+                except KeyError:
+                    self._learn(burst, key)
+                    continue
+                stats.numVMExits += 1
+                if key & 1:
+                    stats.numIO += 1
+                else:
+                    stats.numMMIO += 1
+                if left is not None:
+                    self._entry.executed(burst.executed_ns)
+                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
+                if is_write:
+                    pending = handler(offset, size, words[0])
+                    if pending.__class__ is CoroutineType:  # as `drive()` does, without a call
+                        try:
+                            pending = Suspended(pending, pending.send(None))
+                        except StopIteration:
+                            pending = None
+                    elif pending is not None:
+                        pending = drive(pending)
+                    if pending.__class__ is Suspended:
+                        return self._finish(_completed(pending, update))
+                    if update is not None:
+                        update()
+                else:
+                    value = handler(offset, size)
+                    if value.__class__ is CoroutineType:
+                        try:
+                            value = Suspended(value, value.send(None))
+                        except StopIteration as end:
+                            value = end.value
+                    elif not isinstance(value, int):
+                        value = drive(value)
+                    if not isinstance(value, int):
+                        return self._finish(self._service.store(value, words, 0, mask))
+                    words[0] = value & mask
+                if self.disturbed or registers.newer is not _MODEL:
+                    break
+                key = following()
+                if key < 0:
+                    break
+        finally:
+            self._entry.executed(burst.executed_ns, in_all_ns=burst.take_ns())
+            if key >= 0:
+                self._service.reason = _IO if key & 1 else _MMIO
+        self._exit_due = self._begun = False
+        return self._end_burst(burst) if key < 0 else None
+
+    def _end_burst(self, burst: AccessBurst) -> Awaitable[EntryResult] | None:
+        """The last entry led to something else, or is still under way."""
+        return self._entry.arrival() if self._entry.end_burst(burst) is None else None
+
+    async def _finish(self, pending: Awaitable[None]) -> None:
+        """A handler has suspended: this vCPU waits for it."""
+        rest = drive(pending)
+        if isinstance(rest, Suspended):
+            await self.finish_service(rest)
+        self._exit_due = False
+        if self._state is SERVICE:
+            self._state = RUNNING
+
+    def _learn(self, burst: AccessBurst, key: int) -> None:
+        address, size, is_write, is_pio = key >> 6, key >> 2 & 15, bool(key & 2), key & 1
+        target = self._buses[is_pio].resolve(address, size)
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[key] = (
+            is_write,
+            target.write if is_write else target.read,
+            target.offset,
+            size,
+            burst.words(key),
+            (1 << 8 * size) - 1,
+            target.update if is_write else None,
+        )
+
+    def _use_model(self, model: CpuModel) -> None:
+        super()._use_model(model)
+        self._known.clear()  # the words are in the run page of the one before
+
+
+async def _completed(rest: Suspended[None], update: Callable[[], None] | None) -> None:
+    await rest
+    if update is not None:
+        update()
