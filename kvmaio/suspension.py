@@ -7,9 +7,20 @@ from collections.abc import Awaitable, Generator
 from types import CoroutineType
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Suspended", "a_number", "drive", "foreign_cancellation", "is_own_cancellation"]
+__all__ = [
+    "ENDS_THE_LOOP",
+    "Suspended",
+    "a_number",
+    "drive",
+    "foreign_cancellation",
+    "is_own_cancellation",
+]
 
 T = TypeVar("T")
+
+ENDS_THE_LOOP = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What asyncio takes from a task for its own, and what closes a coroutine; everything else that
+a device raises is for whoever awaits the run."""
 
 
 class Suspended(Generic[T]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from .device import Device
 from .exits import EndRun, Outcome
-from .suspension import foreign_cancellation, is_own_cancellation
+from .suspension import ENDS_THE_LOOP, foreign_cancellation, is_own_cancellation
 
 __all__ = ["SETTLE_LIMIT_S", "Tasks", "wait_uncancelled"]
 
@@ -83,7 +83,9 @@ class Tasks:
             if is_own_cancellation():
                 raise
             self._on_failure(foreign_cancellation(cancelled, who))
-        except Exception as error:
+        except ENDS_THE_LOOP:
+            raise
+        except BaseException as error:
             error.add_note(f"in {who}")
             self._on_failure(error)
 

@@ -38,7 +38,7 @@ from .instruction_events import InstructionEvents, instruction_stop
 from .registers_sync import Newer
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
-from .suspension import Suspended, drive, foreign_cancellation, is_own_cancellation
+from .suspension import ENDS_THE_LOOP, Suspended, drive, foreign_cancellation, is_own_cancellation
 from .vcpu_at_rest import CLOSED
 from .vcpu_burst import BurstingVCpu
 from .vcpu_states import (
@@ -388,7 +388,9 @@ class VCpu(BurstingVCpu):
                 if is_own_cancellation():
                     raise
                 self._fail(foreign_cancellation(cancelled, f"the handler that {self.name} awaits"))
-            except Exception as error:
+            except ENDS_THE_LOOP:
+                raise
+            except BaseException as error:  # `pytest.fail()`, too, is to come out of run()
                 self._fail(error)
             await self._rest()
 
@@ -694,7 +696,7 @@ class VCpu(BurstingVCpu):
         elif self._state is SERVICE and not self._exit_due:
             self._state = RUNNING  # a hypercall; an access has left the state before
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if self._state is not IDLE and self._exit_due:
             self._state = SERVICE
         self._service_failed = self._exit_due

@@ -72,7 +72,7 @@ class RestingVCpu:
         # On the way to rest, or there; and what becomes of it then.
         self._draining = self._at_rest = False
         self._resumes = False  # drained while it was active
-        self._drain_error: Exception | None = None
+        self._drain_error: BaseException | None = None
         self._service_failed = False  # of the exit due
         self.gives_up_failed = False
         self._drain_waiters: list[asyncio.Future[None]] = []

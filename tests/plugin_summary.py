@@ -72,6 +72,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--must-run", action="store_true", help="fail if no test passed")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on KVM is found by ``-m kvm``, also where the fixture chooses the CPU model."""
+    for item in items:
+        if "kvmaio_cpu" in getattr(item, "fixturenames", ()):
+            callspec = getattr(item, "callspec", None)
+            model = callspec.params.get("kvmaio_cpu") if callspec else None
+            if model in ("kvm", None):
+                item.add_marker(pytest.mark.kvm)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     models = declared_models(item)
     if "kvm" in models and (reason := why_not_kvm()):

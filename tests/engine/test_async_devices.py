@@ -376,6 +376,38 @@ async def test_an_error_of_a_devices_run_comes_out_of_run_with_a_note(boot):
 
 
 @pytest.mark.kvm
+@pytest.mark.parametrize("style", ["plain", "async", "suspending", "run()"])
+async def test_an_outcome_of_pytest_comes_out_of_run(boot, style):
+    """It is no Exception; the machine can be run again afterwards."""
+
+    class Strict(Device):
+        size = 1
+
+        def read(self, offset, size):
+            if style == "plain":
+                pytest.fail("not this register")
+            return 0 if style == "run()" else self.later()
+
+        async def later(self):
+            if style == "suspending":
+                await asyncio.sleep(0)
+            pytest.fail("not this register")
+
+        async def run(self):
+            if style == "run()":
+                pytest.fail("not this register")
+
+    machine = boot("in al, 0x10", *SPIN)
+    machine.attach(Strict(), pio=0x10)
+    async with deadline():
+        with pytest.raises(pytest.fail.Exception, match="not this register") as caught:
+            await machine.run()
+        assert caught.value.__notes__
+        machine.load(Flat(b"\xf4", 0x1000))
+        assert await machine.run() == Halted()
+
+
+@pytest.mark.kvm
 async def test_an_error_of_a_devices_run_that_no_run_raises_is_logged(boot, caplog):
     machine = boot("hlt")
     broken = machine.attach(BrokenLater(), pio=0x10)
