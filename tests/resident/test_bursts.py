@@ -1,0 +1,302 @@
+"""Accesses answered back to back (`vcpu_burst.py`): guest and devices see the same as ever."""
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmaio import Device, Exited, Machine, Register, Stopped, VCpuState, current_vcpu
+from kvmaio.boot import Flat
+from kvmaio.bus import Target
+from kvmaio.devices import DebugExit
+from kvmaio.kvm import promotion
+from tests.resident.guests import PATIENCE, cpu_of
+
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60 * PATIENCE)]
+
+PORT = 0x10
+EXIT = 0xF4
+WINDOW = 0xA000  # above the 32 KiB of RAM, and within reach of 16-bit addresses
+OUT, IN = bytes((0xE6, PORT)), bytes((0xE4, PORT))  # out 0x10, al; in al, 0x10
+STORE, LOAD = b"\xa2\x00\xa0", b"\xa0\x00\xa0"  # mov [0xa000], al; mov al, [0xa000]
+COUNT = b"\xfe\xc0"  # inc al
+END = bytes((0xE6, EXIT))
+
+
+def promote(monkeypatch, exits):
+    monkeypatch.setattr(promotion, "OFTEN_EXITS", exits)
+    monkeypatch.setattr(promotion, "OFTEN_WITHIN_NS", 1 << 62)
+    monkeypatch.setattr(promotion, "QUIET_NS", 1 << 62)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The first exit is enough: bursts from the second access on."""
+    promote(monkeypatch, 1)
+
+
+class Diary(Device):
+    """Writes down its accesses; `acts[n]()` is done within the n-th, before it is answered."""
+
+    size = 8
+
+    def __init__(self, acts=()):
+        self.acts = list(acts)
+        self.entries = []
+
+    def read(self, offset, size):
+        self.entries.append(("read", offset, size))
+        pending = self._act()
+        return self._later(pending) if pending is not None else len(self.entries)
+
+    def write(self, offset, size, value):
+        self.entries.append(("write", offset, size, value))
+        return self._act()
+
+    def _act(self):
+        number = len(self.entries) - 1
+        act = self.acts[number] if number < len(self.acts) else None
+        return act() if act is not None else None
+
+    async def _later(self, pending):
+        await pending
+        return len(self.entries)
+
+
+async def ran(code, device, *, mmio=None):
+    """Run `code`: the outcome, AL, the statistics, and whether the loop's thread ran it."""
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        machine.attach(device, pio=PORT, mmio=mmio)
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(code, 0x1000))
+        vcpu = machine.vcpus[0]
+        outcome = await machine.run()
+        return outcome, vcpu.context.rax & 0xFF, vcpu.stats.as_dict(), cpu_of(machine).is_resident
+
+
+# ---- the same with and without ---------------------------------------------------------------
+
+ACCESS = st.sampled_from([OUT, IN, STORE, LOAD, COUNT])
+
+
+async def sleeps():
+    await asyncio.sleep(0)
+
+
+def kicks():
+    current_vcpu().kick()
+
+
+def looks():
+    assert current_vcpu().context.rip >= 0x1000
+
+
+def edits():
+    current_vcpu().context.rbx = 0x1234
+
+
+def nothing():
+    return None
+
+
+async def returns_at_once():
+    pass
+
+
+ACT = st.sampled_from([nothing, nothing, returns_at_once, sleeps, kicks, looks, edits])
+
+
+@given(st.lists(ACCESS, min_size=1, max_size=40), st.lists(ACT, max_size=40))
+@settings(max_examples=60 // PATIENCE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_devices_and_guest_see_the_same(monkeypatch, program, acts):
+    def outcome(exits):
+        device = Diary(acts)
+        with monkeypatch.context() as patched:
+            promote(patched, exits)
+            outcome, al, stats, resident = asyncio.run(
+                ran(b"".join(program) + END, device, mmio=WINDOW)
+            )
+        assert resident is (exits == 1)
+        counted = {name: stats[name] for name in ("numIO", "numMMIO", "numHalt")}
+        return outcome, al, device.entries, counted
+
+    assert outcome(1) == outcome(1 << 30)
+
+
+# ---- what ends a burst -----------------------------------------------------------------------
+
+
+def counted(device):
+    return [entry[3] for entry in device.entries if entry[0] == "write"]
+
+
+WRITES = (OUT + COUNT) * 12 + END
+
+
+async def test_a_handler_that_stops_the_machine_gets_no_further_access(at_once):
+    device = Diary()
+
+    async def stops_at_five():
+        async with Machine(memory="32K", cpu="kvm") as machine:
+            device.acts = [None] * 5 + [machine.stop]
+            machine.attach(device, pio=PORT)
+            machine.attach(DebugExit(), pio=EXIT)
+            machine.load(Flat(WRITES, 0x1000))
+            assert await machine.run() == Stopped("stopped")
+            assert counted(device) == list(range(6))
+            assert machine.vcpus[0].stats.numIO == 6
+            assert await machine.run() == Exited(25)
+
+    async with asyncio.timeout(20 * PATIENCE):
+        await stops_at_five()
+    assert counted(device) == list(range(12))
+
+
+async def test_a_handler_that_suspends_the_vcpu_leaves_it_idle(at_once):
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        (vcpu,) = machine.vcpus
+        device = machine.attach(Diary([None] * 5 + [vcpu.suspend]), pio=PORT)
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(WRITES, 0x1000))
+        run = asyncio.create_task(machine.run())
+        while vcpu.state is not VCpuState.IDLE or len(device.entries) < 6:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert counted(device) == list(range(6))
+        vcpu.activate()
+        assert await run == Exited(25)
+    assert counted(device) == list(range(12))
+
+
+async def test_an_interrupt_from_a_handler_is_delivered_before_the_next_instruction(at_once):
+    # sti; 12 times: out 0x10, al; inc al; the handler of vector 0x20 sets ah to al
+    handler = b"\x88\xc4\xcf"  # mov ah, al; iret
+    code = b"\xfb" + WRITES
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        (vcpu,) = machine.vcpus
+        device = machine.attach(Diary([None] * 5 + [machine.irq(0).pulse]), pio=PORT)
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(code, 0x1000))
+        machine.memory.write(0x2000, handler)
+        machine.memory.write(0x20 * 4, (0x2000).to_bytes(4, "little"))
+        assert await machine.run() == Exited(25)
+        assert vcpu.context.rax & 0xFFFF == 0x050C
+        assert vcpu.stats.numInterrupts == 1
+    assert counted(device) == list(range(12))
+
+
+async def test_edits_of_a_handler_reach_the_guest(at_once):
+    def edit():
+        current_vcpu().context.rax = 0x40
+
+    device = Diary([None] * 5 + [edit])
+    outcome, *_ = await ran(WRITES, device)
+    assert outcome == Exited(0x47 << 1 | 1)
+    assert counted(device) == [*range(6), *range(0x41, 0x47)]
+
+
+async def test_a_device_that_goes_from_the_bus_is_not_asked_again(at_once):
+    other = Diary()
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+
+        def exchange():
+            machine.pio.unmap(device)
+            machine.attach(other, pio=PORT)
+
+        device = machine.attach(Diary([None] * 5 + [exchange]), pio=PORT)
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(WRITES, 0x1000))
+        assert await machine.run() == Exited(25)
+    assert (counted(device), counted(other)) == (list(range(6)), list(range(6, 12)))
+
+
+async def test_a_layer_that_comes_meanwhile_stands_between(at_once):
+    def inverted(mapping, address, size, target):
+        def write(offset, size, value):
+            return target.write(offset, size, value ^ 0xFF)
+
+        return Target(target.offset, target.read, write, target.update)
+
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        acts = [None] * 5 + [lambda: machine.pio.add_layer(inverted)]
+        device = machine.attach(Diary(acts), pio=PORT)
+        machine.load(Flat((OUT + COUNT) * 12 + b"\xf4", 0x1000))
+        await machine.run()
+    assert counted(device) == [*range(6), *(0xFF - n for n in range(6, 12))]
+
+
+# ---- handlers --------------------------------------------------------------------------------
+
+
+async def test_update_follows_each_write_also_behind_a_wait(at_once):
+    class Updating(Device):
+        value = Register(0, int)
+
+        def __init__(self):
+            self.log = []
+
+        @value.on_write
+        async def later(self, value):
+            if value % 3 == 0:
+                await asyncio.sleep(0)
+            self.value = value
+
+        def update(self):
+            self.log.append(self.value)
+
+    device = Updating()
+    outcome, *_ = await ran(WRITES, device)
+    assert outcome == Exited(25)
+    assert device.log[-12:] == list(range(12))
+
+
+async def test_statistics_are_exact_within_a_handler(at_once):
+    seen = []
+
+    def look():
+        stats = current_vcpu().stats
+        seen.append((stats.numIO, stats.numVMExits >= stats.numIO))
+
+    await ran(WRITES, Diary([look] * 12))
+    assert seen == [(n, True) for n in range(1, 13)]
+
+
+@pytest.mark.parametrize("style", ["plain", "async", "suspending"])
+async def test_an_error_comes_out_with_its_access_and_the_guest_can_go_on(at_once, style):
+    def fails():
+        raise ZeroDivisionError("the device's own")
+
+    async def fails_later():
+        if style == "suspending":
+            await asyncio.sleep(0)
+        fails()
+
+    act = fails if style == "plain" else fails_later
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        device = machine.attach(Diary([None] * 5 + [act]), pio=PORT)
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(WRITES, 0x1000))
+        with pytest.raises(ZeroDivisionError, match="own") as caught:
+            await machine.run()
+        assert "a write to pio 0x10 (1 byte)" in caught.value.__notes__[0]
+        assert await machine.run() == Exited(25)
+    # The access that failed is open, and is served again.
+    assert counted(device) == [*range(6), *range(5, 12)]
+
+
+class Words(Device):
+    """Answers with numbers at first."""
+
+    size = 1
+    count = 0
+
+    def read(self, offset, size):
+        self.count += 1
+        return self.count if self.count < 5 else "five"
+
+
+async def test_a_read_handler_that_gives_no_number_is_told_so(at_once):
+    with pytest.raises(TypeError, match="handler gave 'five'"):
+        await ran(IN * 12 + END, Words())
