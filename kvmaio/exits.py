@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import attrs
 
+from .watchpoints import WatchHit
+
 __all__ = [
     "DebugEventExit",
     "EndRun",
@@ -156,12 +158,17 @@ class SystemEventExit(VmExit):
 
 @attrs.frozen
 class DebugEventExit(VmExit):
-    """KVM_EXIT_DEBUG: a breakpoint, watchpoint or single step of the host's."""
+    """KVM_EXIT_DEBUG: a breakpoint, watchpoint or single step of the host's.
+
+    Attributes:
+        watched: the watchpoints that were hit, where the CPU model has them.
+    """
 
     exception: int
     pc: int
     dr6: int
     dr7: int
+    watched: tuple[WatchHit, ...] = ()
 
 
 @attrs.frozen

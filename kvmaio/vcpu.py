@@ -33,7 +33,7 @@ from .cpu import Context, CpuModel, CpuState, EntryResult
 from .decode import decode
 from .entry import Entry
 from .errors import ConfigurationError, GuestError
-from .exits import EndRun, InterruptedExit, VmExit
+from .exits import DebugEventExit, EndRun, InterruptedExit, VmExit
 from .instruction_events import InstructionEvents, instruction_stop
 from .registers_sync import Newer
 from .service import HypercallHandler, Service
@@ -468,7 +468,10 @@ class VCpu(BurstingVCpu):
 
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
-        return decode(self.model.page, self.model.io_words, self._entry.ticks)
+        exit_ = decode(self.model.page, self.model.io_words, self._entry.ticks)
+        if isinstance(exit_, DebugEventExit):
+            return attrs.evolve(exit_, watched=getattr(self.model, "watch_hits", ()))
+        return exit_
 
     def describe_registers(self) -> str:
         """The general and special registers as text; the guest must not be running."""

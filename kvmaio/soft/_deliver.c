@@ -51,7 +51,6 @@ static int fail_page(struct cpu *cpu, struct failure *failure)
 #define DESCRIPTOR_CODE (1u << 11)
 #define DESCRIPTOR_CONFORMING (1u << 10)
 #define DESCRIPTOR_LONG (1u << 21)
-#define DESCRIPTOR_BIG (1u << 22)
 #define DESCRIPTOR_PAGES (1u << 23)
 
 /* 0, or the vector to fail with: its error code is the selector. */

@@ -44,6 +44,8 @@ struct registers {
 	uint64_t cr[5];
 };
 
+#define DESCRIPTOR_BIG (1u << 22) /* of a segment's flags: 32 bits by default */
+
 #define EFER_OFFSET 592
 #define CPU_OFFSET 0x1b8 /* of the pointer to its CPU within uc_engine */
 
@@ -147,6 +149,7 @@ uint8_t *kvmaio_host_address(kvmaio_soft_machine *machine, uint64_t address, siz
 
 #define MOST_ACCESSES 160 /* of one instruction: FXRSTOR from a device has the most */
 #define MOST_BREAKPOINTS 64
+#define MOST_WATCHPOINTS 256
 #define MOST_CPUID 256
 
 enum access_kind { PORT_READ, PORT_WRITE, MEMORY_READ, MEMORY_WRITE };
@@ -155,6 +158,13 @@ struct access {
 	enum access_kind kind;
 	uint32_t size;
 	uint64_t address, data;
+};
+
+struct watchpoint {
+	uint64_t address, size; /* linear */
+	int kinds;              /* KVMAIO_SOFT_READ and _WRITE */
+	int hit;                /* which of them the instruction under way has made, first at */
+	uint64_t hit_address;
 };
 
 /* Why the engine has stopped. */
@@ -175,6 +185,7 @@ enum {
 	LOOK_INTERRUPT = 2, /* an interrupt, an NMI or a window waits for its time */
 	LOOK_HALF = 4,      /* the next boundary is the end */
 	LOOK_BREAKPOINTS = 8,
+	LOOK_WATCHED = 16, /* a watchpoint was hit */
 };
 
 struct cpu {
@@ -202,6 +213,7 @@ struct cpu {
 	int vector;
 	uint64_t repeat_pc; /* the last address asked about, and whether REP is there */
 	int repeat_is;
+	uint64_t repeat_mask; /* of its counter, RCX */
 
 	/* Its accesses to devices: an instruction starts again for each, and what has been
 	 * answered is remembered. The last one is the exit's while `pending`. */
@@ -233,6 +245,11 @@ struct cpu {
 	uint64_t breakpoints[MOST_BREAKPOINTS];
 	int breakpoint_count;
 	uint64_t skip_breakpoint;
+	struct watchpoint watchpoints[MOST_WATCHPOINTS];
+	struct kvmaio_soft_hit hits[MOST_WATCHPOINTS]; /* as reported */
+	int watchpoint_count;
+	int pieces; /* of an unaligned read, which are still to come */
+	uc_hook read_hook, write_hook;
 
 	pthread_t thread;
 	int started;
@@ -286,6 +303,7 @@ int kvmaio_has_error_code(int vector);
 
 /* _hooks.c */
 void kvmaio_give_back(struct cpu *cpu);
+void kvmaio_undo(struct cpu *cpu);
 int kvmaio_add_hooks(struct cpu *cpu);
 int kvmaio_hook_steps(struct cpu *cpu, int counting);
 bool kvmaio_on_memory(uc_engine *engine, uc_mem_type type, uint64_t address, int size,
@@ -293,5 +311,10 @@ bool kvmaio_on_memory(uc_engine *engine, uc_mem_type type, uint64_t address, int
 uint64_t kvmaio_on_mmio_read(uc_engine *engine, uint64_t offset, unsigned size, void *user);
 void kvmaio_on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uint64_t value,
 			  void *user);
+
+/* _watch.c: an access by linear address; how many hits there are to report. */
+void kvmaio_watch_linear(struct cpu *cpu, uint64_t linear, size_t size, int kind);
+void kvmaio_forget_hits(struct cpu *cpu);
+int kvmaio_report_hits(struct cpu *cpu);
 
 #endif

@@ -6,7 +6,7 @@
  */
 #include "_engine.h"
 
-/* The instruction under way is not executed after all. */
+/* The instruction under way does not count: it is executed later, or the rest of it is. */
 void kvmaio_give_back(struct cpu *cpu)
 {
 	if (cpu->counted) {
@@ -14,6 +14,13 @@ void kvmaio_give_back(struct cpu *cpu)
 		cpu->counted = 0;
 	}
 	cpu->pc = NOWHERE;
+}
+
+/* The instruction under way is not executed after all. */
+void kvmaio_undo(struct cpu *cpu)
+{
+	kvmaio_give_back(cpu);
+	kvmaio_forget_hits(cpu);
 }
 
 #define OPERATION_NONE 1 /* the flags are in `source` as they are */
@@ -33,8 +40,10 @@ static void restore_flags(struct cpu *cpu, int is_port)
 /* Is there a repeated string instruction? The engine executes it element by element. */
 static int repeats(struct cpu *cpu, uint64_t linear)
 {
+	const int is_64bit = !!(cpu->registers->hflags & HFLAG_CS64);
+	const int is_32bit = !!(cpu->registers->segments[CS].flags & DESCRIPTOR_BIG);
 	uint8_t code[8] = { 0 };
-	int repeated = 0;
+	int repeated = 0, other_size = 0;
 	if (cpu->repeat_pc == linear)
 		return cpu->repeat_is;
 	cpu->repeat_pc = linear;
@@ -48,18 +57,30 @@ static int repeats(struct cpu *cpu, uint64_t linear)
 		case 0xf3:
 			repeated = 1;
 			continue;
+		case 0x67:
+			other_size = 1;
+			continue;
 		case 0x26: case 0x2e: case 0x36: case 0x3e:
-		case 0x64: case 0x65: case 0x66: case 0x67:
+		case 0x64: case 0x65: case 0x66:
 			continue;
 		}
-		if ((byte & 0xf0) == 0x40 && (cpu->registers->hflags & HFLAG_CS64))
+		if ((byte & 0xf0) == 0x40 && is_64bit)
 			continue; /* REX */
+		cpu->repeat_mask = is_64bit && !other_size		? ~0ull
+				   : is_64bit || is_32bit != other_size ? UINT32_MAX
+									: UINT16_MAX;
 		cpu->repeat_is = repeated && ((byte >= 0x6c && byte <= 0x6f) ||
 					      (byte >= 0xa4 && byte <= 0xa7) ||
 					      (byte >= 0xaa && byte <= 0xaf));
 		return cpu->repeat_is;
 	}
 	return 0;
+}
+
+/* Behind its last element, the engine comes once more to a string that is complete. */
+static int is_complete(const struct cpu *cpu)
+{
+	return !(cpu->registers->general[RCX] & cpu->repeat_mask);
 }
 
 static int interrupt_due(const struct cpu *cpu)
@@ -113,7 +134,8 @@ static int look(struct cpu *cpu, uint64_t address)
 		kvmaio_forget_accesses(cpu);
 	/* A string may have as many elements as there is memory: others wait for their turn. */
 	const int tired = again && !--cpu->elements;
-	if ((own & LOOK_HALF) || is_kicked(cpu) || tired ||
+	const int watched = (own & LOOK_WATCHED) && !(again && is_complete(cpu));
+	if ((own & LOOK_HALF) || is_kicked(cpu) || tired || watched ||
 	    ((own & LOOK_INTERRUPT) && interrupt_due(cpu))) {
 		/* Between two elements of a string: it has not been executed yet. */
 		if (again)
@@ -150,7 +172,7 @@ static void on_step(uc_engine *engine, uint64_t address, uint32_t size, void *us
 /* Leave the instruction under way as if it had not begun. */
 static void __attribute__((noreturn)) leave(struct cpu *cpu, enum stop stop, int is_port)
 {
-	kvmaio_give_back(cpu);
+	kvmaio_undo(cpu);
 	restore_flags(cpu, is_port);
 	cpu->stop = stop;
 	uc(uc_emu_stop, cpu->engine);

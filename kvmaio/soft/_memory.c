@@ -261,6 +261,8 @@ int kvmaio_linear(struct cpu *cpu, uint64_t linear, void *data, size_t size, int
 		if (walk(cpu, linear, write, &physical) < 0)
 			return -1;
 		uint8_t *host = kvmaio_host_address(cpu->machine, physical, part, write);
+		if (write && cpu->watchpoint_count)
+			kvmaio_watch_linear(cpu, linear, part, KVMAIO_SOFT_WRITE);
 		if (host && write)
 			memcpy(host, bytes, part);
 		else if (host)

@@ -110,7 +110,7 @@ static void take_answer(struct cpu *cpu)
 	cpu->attention.own |= LOOK_ACCESSES;
 }
 
-static int hit_breakpoint(struct cpu *cpu)
+static int stops_for_debugger(struct cpu *cpu)
 {
 	struct kvm_run *page = cpu->public.page;
 	memset(&page->debug, 0, sizeof page->debug);
@@ -132,7 +132,7 @@ static int take_exception(struct cpu *cpu)
 	/* Or the engine takes the next one for a double fault. */
 	*(int *)(state + kvmaio_library.old_exception_offset) = -1;
 	if (!is_trap)
-		kvmaio_give_back(cpu);
+		kvmaio_undo(cpu);
 	const int has_error = !software && (cpu->registers->cr[0] & CR0_PE) &&
 			      kvmaio_has_error_code(vector);
 	return kvmaio_deliver(cpu, vector, software, has_error, has_error ? error : 0);
@@ -142,7 +142,7 @@ static int take_exception(struct cpu *cpu)
 static int leave_undefined(struct cpu *cpu)
 {
 	*(int *)((uint8_t *)cpu->registers + kvmaio_library.old_exception_offset) = -1;
-	kvmaio_give_back(cpu);
+	kvmaio_undo(cpu);
 	cpu->public.undefined = 1;
 	return gave_up(cpu);
 }
@@ -176,9 +176,9 @@ static int start_engine(struct cpu *cpu)
 		error = kvmaio_sysenter(cpu);
 		break;
 	case STOP_BREAKPOINT:
-		return hit_breakpoint(cpu);
+		return stops_for_debugger(cpu);
 	case STOP_ERROR:
-		kvmaio_give_back(cpu);
+		kvmaio_undo(cpu);
 		return gave_up(cpu);
 	}
 	return error < 0 ? exits(cpu, KVM_EXIT_SHUTDOWN) : GO_ON;
@@ -202,7 +202,11 @@ static int between(struct cpu *cpu)
 		watch_for_events(cpu);
 		return GO_ON;
 	}
-	if (cpu->half || atomic_load(&cpu->kicked) >= cpu->public.run_id)
+	if (cpu->half) /* with a hit, that is for the entry to come */
+		return KVMAIO_SOFT_INTERRUPTED;
+	if (kvmaio_report_hits(cpu))
+		return stops_for_debugger(cpu);
+	if (atomic_load(&cpu->kicked) >= cpu->public.run_id)
 		return KVMAIO_SOFT_INTERRUPTED;
 	if (cpu->remaining >= 0 && (uint64_t)cpu->remaining <= cpu->slice - cpu->left)
 		return KVMAIO_SOFT_LIMIT;
@@ -270,14 +274,15 @@ static int slice(struct cpu *cpu)
 
 static void prepare(struct cpu *cpu)
 {
+	cpu->public.hit_count = 0;
 	take_answer(cpu);
 	*cr8(cpu) = cpu->public.page->cr8 & 15; /* as KVM does, at each entry */
 	/* Where a stop must be exact, every instruction is looked at. */
-	const int exact = cpu->public.counting || cpu->remaining >= 0 ||
+	const int exact = cpu->public.counting || cpu->remaining >= 0 || cpu->watchpoint_count ||
 			  (cpu->half && cpu->restarting);
 	if (exact || !cpu->half)
 		kvmaio_hook_steps(cpu, exact);
-	cpu->attention.own &= LOOK_ACCESSES;
+	cpu->attention.own &= LOOK_ACCESSES | LOOK_WATCHED;
 	if (cpu->half)
 		cpu->attention.own |= LOOK_HALF;
 	if (cpu->breakpoint_count) {

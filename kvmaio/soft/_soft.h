@@ -54,6 +54,18 @@ struct kvmaio_soft_cpuid {
 	uint32_t function, index, has_index, eax, ebx, ecx, edx;
 };
 
+enum kvmaio_soft_access { KVMAIO_SOFT_READ = 1, KVMAIO_SOFT_WRITE = 2 };
+
+struct kvmaio_soft_watchpoint {
+	uint64_t address, size; /* linear; 1 byte or more */
+	int kinds;              /* of accesses */
+};
+
+struct kvmaio_soft_hit {
+	uint64_t address; /* the first byte that is watched */
+	int kinds;
+};
+
 typedef struct kvmaio_soft {
 	struct kvm_run *page; /* one page, then one for the data of port I/O */
 	int arrived_fd;       /* eventfd: a run on the CPU's own thread is over */
@@ -73,6 +85,8 @@ typedef struct kvmaio_soft {
 	int by_wall_clock;    /* CLOCK_MONOTONIC's, or else */
 	uint64_t clock;       /* this many so far: those that are executed, and may be set ahead */
 	uint64_t exits, slices, deliveries;
+	struct kvmaio_soft_hit *hits; /* watchpoints that ended the last run, and how many */
+	int hit_count;
 } kvmaio_soft;
 
 /* -EINVAL: the library is not what we know. -ENOMEM: it has no room. */
@@ -147,5 +161,11 @@ uint64_t kvmaio_soft_translate(kvmaio_soft *cpu, uint64_t linear);
 /* Linear addresses at which a run ends with KVM_EXIT_DEBUG before the instruction there,
  * but for the one that the run begins with. Needs `counting`. */
 int kvmaio_soft_set_breakpoints(kvmaio_soft *cpu, const uint64_t *addresses, int count);
+
+/* Areas at whose accesses a run ends with KVM_EXIT_DEBUG, behind the instruction; of a repeated
+ * string, behind the element. The hits are then in `hits`. Each instruction is looked at while
+ * there are any. -E2BIG: too many. */
+int kvmaio_soft_set_watchpoints(kvmaio_soft *cpu, const struct kvmaio_soft_watchpoint *watchpoints,
+				int count);
 
 #endif

@@ -45,11 +45,14 @@ class Lib:
     def kvmaio_soft_nmi(self, cpu: CData) -> None: ...
     def kvmaio_soft_translate(self, cpu: CData, linear: int) -> int: ...
     def kvmaio_soft_set_breakpoints(self, cpu: CData, addresses: CData, count: int) -> int: ...
+    def kvmaio_soft_set_watchpoints(self, cpu: CData, watchpoints: CData, count: int) -> int: ...
 
     KVMAIO_SOFT_EXIT: int
     KVMAIO_SOFT_INTERRUPTED: int
     KVMAIO_SOFT_LIMIT: int
     KVMAIO_SOFT_LATER: int
+    KVMAIO_SOFT_READ: int
+    KVMAIO_SOFT_WRITE: int
 
 ffi: FFI
 lib: Lib

@@ -142,6 +142,7 @@ void kvmaio_soft_set(kvmaio_soft *public, const struct kvm_regs *regs, const str
 		kvmaio_flush_tlb(cpu);
 	cpu->pc = NOWHERE;
 	kvmaio_forget_accesses(cpu);
+	kvmaio_forget_hits(cpu);
 }
 
 /* ---- x87 and SSE ------------------------------------------------------------------

@@ -30,6 +30,8 @@ typedef int uc_mem_type;
 #define UC_HOOK_BLOCK (1 << 3)
 #define UC_HOOK_MEM_UNMAPPED (7 << 4)
 #define UC_HOOK_MEM_PROT (7 << 7)
+#define UC_HOOK_MEM_READ (1 << 10)
+#define UC_HOOK_MEM_WRITE (1 << 11)
 #define UC_HOOK_INSN_INVALID (1 << 14)
 
 #define UC_MEM_READ_UNMAPPED 19

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = ("_soft.c", "_load.c", "_memory.c", "_hooks.c", "_deliver.c", "_state.c")
+SOURCES = ("_soft.c", "_load.c", "_memory.c", "_hooks.c", "_deliver.c", "_state.c", "_watch.c")
 
 DECLARATIONS = """
 #define KVMAIO_SOFT_EXIT ...
@@ -28,12 +28,18 @@ int kvmaio_soft_add_memory(kvmaio_soft_machine *machine, uint64_t base, uint64_t
 int kvmaio_soft_remove_memory(kvmaio_soft_machine *machine, uint64_t base);
 void kvmaio_soft_memory_written(kvmaio_soft_machine *machine, uint64_t address, uint64_t size);
 struct kvmaio_soft_cpuid { uint32_t function, index, has_index, eax, ebx, ecx, edx; };
+#define KVMAIO_SOFT_READ ...
+#define KVMAIO_SOFT_WRITE ...
+struct kvmaio_soft_watchpoint { uint64_t address, size; int kinds; };
+struct kvmaio_soft_hit { uint64_t address; int kinds; };
 typedef struct kvmaio_soft {
     struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns;
     int counting, outcome, yielded, keeps_undefined, forgets_handlers, undefined;
     uint64_t run_id, ticks, tsc_offset, clock_hz;
     int by_wall_clock;
     uint64_t clock, exits, slices, deliveries;
+    struct kvmaio_soft_hit *hits;
+    int hit_count;
 } kvmaio_soft;
 int kvmaio_soft_create(kvmaio_soft_machine *machine, kvmaio_soft **out);
 void kvmaio_soft_destroy(kvmaio_soft *cpu);
@@ -66,6 +72,8 @@ void kvmaio_soft_interrupt(kvmaio_soft *cpu, int vector);
 void kvmaio_soft_nmi(kvmaio_soft *cpu);
 uint64_t kvmaio_soft_translate(kvmaio_soft *cpu, uint64_t linear);
 int kvmaio_soft_set_breakpoints(kvmaio_soft *cpu, const uint64_t *addresses, int count);
+int kvmaio_soft_set_watchpoints(kvmaio_soft *cpu, const struct kvmaio_soft_watchpoint *watchpoints,
+                                int count);
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from ..kvm.context import context_from, store
 from ..kvm.cpuid import CpuidEntry
+from ..watchpoints import WatchHit, WatchKind, Watchpoint
 from ._soft import ffi, lib
 from .counting import SoftStop
 from .kept import Kept
@@ -413,6 +415,35 @@ class SoftCpu:
         table = ffi.new("uint64_t[]", list(addresses))
         if lib.kvmaio_soft_set_breakpoints(self.handle, table, len(addresses)):
             raise ConfigurationError(f"{len(addresses)} breakpoints are too many")
+
+    def set_watchpoints(self, watchpoints: Sequence[Watchpoint]) -> None:
+        """Areas at whose accesses an entry ends with a `DebugEventExit`, behind the instruction.
+
+        A repeated string instruction is left behind the element. An access by another
+        linear address of the same memory counts. Memory accesses take about twice as long
+        while there are any.
+
+        Raises:
+            ConfigurationError: too many, or an area that is empty.
+        """
+        table = ffi.new("struct kvmaio_soft_watchpoint[]", len(watchpoints))
+        for slot, point in zip(table, watchpoints, strict=True):
+            if not 0 < point.size < 1 << 64 or not point.kind:
+                raise ConfigurationError(f"nothing to watch: {point}")
+            slot.address = point.address % (1 << 64)
+            slot.size, slot.kinds = point.size, point.kind.value
+        error = lib.kvmaio_soft_set_watchpoints(self.handle, table, len(watchpoints))
+        if error == -errno.E2BIG:
+            raise ConfigurationError(f"{len(watchpoints)} watchpoints are too many")
+        if error:
+            raise HostError("uc_hook_add", -error, "the accesses cannot be watched")
+
+    @property
+    def watch_hits(self) -> tuple[WatchHit, ...]:
+        """The watchpoints whose hits ended the last entry."""
+        handle = self.handle
+        hits = handle.hits[0 : handle.hit_count] if handle.hit_count else ()
+        return tuple(WatchHit(int(hit.address), WatchKind(hit.kinds)) for hit in hits)
 
     # ---- what KVM batches, and this model does not ------------------------------------
 
