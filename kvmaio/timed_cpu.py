@@ -174,7 +174,8 @@ class TimedCpu:
         if result is EntryResult.TIMER and self._may_jump():
             self.local_ns = max(self.local_ns, self._until_ns)
         self._stats.ticksOvershot += max(0, self.local_ns - self._until_ns)
-        if result is EntryResult.EXIT or (result is EntryResult.INTERRUPTED and self._kicked):
+        stops = self._kicked or getattr(self.model, "has_reached_count", False)
+        if result is EntryResult.EXIT or (result is EntryResult.INTERRUPTED and stops):
             self._end(result)
         elif self._end_ns is not None and self.local_ns >= self._end_ns:
             self._end(EntryResult.TIMER)

@@ -17,7 +17,7 @@ class SoftStop:
 
     Attributes:
         reset_at: the CPU's ticks at the reset.
-        remaining: the entries to come execute no more than this; 0 is no limit.
+        until: those at which the entry is to end, in however many slices it is run, or None.
     """
 
     counts_always = True
@@ -26,7 +26,7 @@ class SoftStop:
     def __init__(self, cpu: SoftCpu) -> None:
         self._cpu = cpu
         self.reset_at = 0
-        self.remaining = 0
+        self.until: int | None = None
 
     @property
     def counted(self) -> int:
@@ -43,11 +43,11 @@ class SoftStop:
         return None
 
     def arm(self, remaining: int, access_pending: bool) -> bool:
-        self.remaining = remaining
+        self.until = int(self._cpu.handle.ticks) + remaining
         return False
 
     def entered(self, result: EntryResult) -> EntryResult:
         return result
 
     def disarm(self) -> None:
-        self.remaining = 0
+        self.until = None

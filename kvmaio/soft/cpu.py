@@ -177,14 +177,17 @@ class SoftCpu:
 
     def _limit(self, limit_ns: int | None) -> int:
         """How many instructions take `limit_ns`, the last of which may pass it; -1: no limit."""
-        most = self.instruction_stop.remaining
+        until = self.instruction_stop.until
         if limit_ns == 0:
             return 0
-        if limit_ns is None:
-            return most or -1
+        if limit_ns is None and until is None:
+            return -1
         ticks = int(self.handle.ticks)
-        count = max(1, self._count_at(self._time_ns(ticks) + limit_ns) - ticks)
-        return min(count, most) if most else count
+        if limit_ns is not None:
+            end = max(ticks + 1, self._count_at(self._time_ns(ticks) + limit_ns))
+            until = end if until is None else min(end, until)
+        assert until is not None
+        return until - ticks
 
     def _time_ns(self, ticks: int) -> int:
         return int(ticks) * 1_000_000_000 // self.host_hz
@@ -214,7 +217,17 @@ class SoftCpu:
         self._began = lib.kvmaio_soft_part(self.handle, limit) if self._is_part else limit
 
     def finish(self) -> EntryResult:
-        return _RESULTS[lib.kvmaio_soft_run(self.handle, self._began)]
+        result = _RESULTS[lib.kvmaio_soft_run(self.handle, self._began)]
+        # By the count, not by the time: the slice ends the entry.
+        if result is EntryResult.TIMER and self.has_reached_count:
+            return EntryResult.INTERRUPTED
+        return result
+
+    @property
+    def has_reached_count(self) -> bool:
+        """Has the entry executed what `instruction_stop` is armed for?"""
+        until = self.instruction_stop.until
+        return until is not None and int(self.handle.ticks) >= until
 
     def is_waiting(self) -> bool:
         return False

@@ -286,6 +286,29 @@ def test_the_time_stamp_counter_is_simulated_time_also_while_halted():
     assert kvmaio.run(run(), time="simulated") == first
 
 
+def test_an_instruction_count_is_reached_within_simulated_time():
+    async def run(*counts: int) -> tuple[object, ...]:
+        seen = []
+
+        async def look(machine: Machine) -> None:
+            (vcpu,) = machine.vcpus
+            for count in counts:
+                await vcpu.at_instruction(count)
+                seen.append((count, vcpu.stats.numInsts, vcpu.context.rax))
+
+        async with Machine(cpu="soft", memory="1M") as machine, asyncio.TaskGroup() as group:
+            machine.attach(Pacer(), pio=0x10, irq=8)
+            load(machine, *["inc ax"] * 2000, "cli", "hlt")
+            group.create_task(look(machine))
+            async with deadline(30):
+                assert await machine.run() == Halted()
+            assert seen == [(count, count, count) for count in counts]
+            return machine.clock.now_ns, machine.vcpus[0].stats.numInsts
+
+    alone = kvmaio.run(run(), time="simulated")
+    assert alone == kvmaio.run(run(1, 2, 3, 699, 701, 1999), time="simulated") == (2002, 2002)
+
+
 def test_the_same_program_makes_the_same_run():
     first = kvmaio.run(simulated_run(), time="simulated")
     # A busy host, whose threads take the processor and the GIL away at any moment.
