@@ -688,6 +688,11 @@ class Machine(Board):
         return self.paths.lock
 
     @property
+    def may_use_software(self) -> bool:
+        """May the software CPU stand in for KVM: ``cpu="auto"``, and no ``assist=False``?"""
+        return self._assist
+
+    @property
     def is_running(self) -> bool:
         """Is `run()` active?"""
         return self._run_active

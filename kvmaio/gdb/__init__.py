@@ -4,6 +4,7 @@
 `packets`     bytes to packets
 `registers`   target descriptions, and registers by GDB's numbers
 `debugger`    stops the machine and has it go on: breakpoints, steps, watchpoints
+`watches`     watchpoints, and the CPU model that can watch
 `session`     one connection: each packet's answer
 `monitor`     ``monitor stats|devices|registers|checkpoint FILE``
 ============  ==================================================================
@@ -74,6 +75,8 @@ class GdbServer:
             if late:
                 stream.abort()
                 await asyncio.wait([task])
+        if not self._debugger.is_in_use:
+            await self._debugger.watches.move_back(self._debugger.say)
 
     @property
     def is_idle(self) -> bool:

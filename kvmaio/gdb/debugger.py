@@ -7,7 +7,7 @@ awaits that sees nothing of the stops.
 ========================  ===========================================================
 breakpoint                the CPU model's own, as many as it has and where they work
 more of them, or none     single steps, and the address compared after each
-watchpoint (write)        single steps, and the memory compared after each
+watchpoint                the CPU model's own; writes also by single steps (`watches`)
 single step               `VCpu.at_instruction()`
 ========================  ===========================================================
 
@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from ..errors import ConfigurationError
-from ..exits import Exited, Halted, Outcome, Stopped
+from ..errors import ConfigurationError, KvmaioError
+from ..exits import DebugEventExit, Exited, Halted, Outcome, Stopped
 from ..linear import code_address, code_bits, read_linear
 from ..simulation import real_time
+from ..watchpoints import Watchpoint
+from .watches import Watches
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -72,19 +74,24 @@ class Debugger:
     Attributes:
         attached: somebody debugs it; else it runs freely.
         breakpoints: linear addresses.
-        watchpoints: (linear address, size).
+        watches: its watchpoints.
+        on_word: takes a line for the user while the guest runs, or None.
+        is_in_use: somebody awaits `run()`.
     """
 
     def __init__(self, machine: Machine, *, wait: bool, hardware_works: bool) -> None:
         self.machine = machine
         self.attached = wait
         self.breakpoints: set[int] = set()
-        self.watchpoints: dict[tuple[int, int], bytes] = {}
+        self.watches = Watches(machine)
+        self.on_word: Callable[[str], None] | None = None
+        self._seen: dict[Watchpoint, bytes] = {}  # what there was, for single steps
         self._hardware_works = hardware_works
-        self._armed = False  # breakpoints or steps are set up for the run that is active
+        self._armed = False  # it is set up what is to stop the run that is active
+        self._breaks = False  # the CPU models have breakpoints for it
         self._last: Stop | None = None
         self._hit: Stop | None = None
-        self._is_running = False
+        self._is_running = self.is_in_use = False
         self._go: _Go | None = None
         self._changed = asyncio.Event()
         self._killed = False
@@ -130,7 +137,7 @@ class Debugger:
         """Run freely from now on."""
         self.attached = False
         self.breakpoints.clear()
-        self.watchpoints.clear()
+        self.watches.points.clear()
         if self._is_running and self._armed:
             self._stop(Stop(SIGTRAP, self.machine.vcpus[0]))  # and on, without breakpoints
         self._notify()
@@ -152,6 +159,7 @@ class Debugger:
 
     async def run(self, run: Callable[[], Awaitable[Outcome]]) -> Outcome:
         """Call `run`, perhaps again and again, until the guest's own end."""
+        self.is_in_use = True
         try:
             while True:
                 async with real_time():  # simulated time does not jump while somebody looks
@@ -165,6 +173,7 @@ class Debugger:
                 if ending is not None:
                     return ending
         finally:
+            self.is_in_use = False
             if self._go is not None and self._go.stop is None:
                 self._tell(Stop(SIGINT, self.machine.vcpus[0], text=_ENDED))
 
@@ -190,7 +199,12 @@ class Debugger:
         try:
             for vcpu in self.machine.vcpus:
                 vcpu.held = go is not None and go.alone and vcpu is not go.step
-            steppers = await self._arm(None if go is None else go.step)
+            try:
+                steppers = await self._set_up(None if go is None else go.step)
+            except KvmaioError as error:
+                if not self.attached:
+                    raise
+                self._stop(Stop(SIGTRAP, self.machine.vcpus[0], text=str(error)))
             # A step that is refused has stopped already: stop() would not reach a run to come.
             ending: Outcome | BaseException = _OURS if self._hit is not None else await run()
         except Exception as error:
@@ -228,18 +242,31 @@ class Debugger:
 
     # ---- breakpoints and steps ---------------------------------------------------------
 
+    async def _set_up(self, step: VCpu | None) -> list[asyncio.Task[None]]:
+        """Go to where it can be watched, and set what is to stop the machine."""
+        self._armed = True  # a GDB that goes meanwhile has it all begin anew
+        blind = bool(self.watches.points) and self._native() is not None
+        await self.watches.settle(self.say, cannot_step=blind, stepping=step is not None)
+        return await self._arm(step)
+
     async def _arm(self, step: VCpu | None) -> list[asyncio.Task[None]]:
         """Set what is to stop the machine; the tasks that single-step."""
         addresses = sorted(self.breakpoints)
+        self._armed = bool(addresses or self.watches.points or step)
+        self._breaks = bool(addresses)
+        self.watches.set()
+        compares = bool(self.watches.points) and not self.watches.by_model
+        self._seen.clear()
         steppers = []
         for vcpu in self.machine.vcpus:
             vcpu.on_debug(self._debug_exit)
             once = vcpu is step
-            if once or self.watchpoints or not self._set_breakpoints(vcpu, addresses):
+            if compares:
+                self._seen = {point: self._memory(vcpu, point) for point in self.watches.points}
+            if once or compares or not self._set_breakpoints(vcpu, addresses):
                 steppers.append(asyncio.create_task(self._step(vcpu, once), name="gdb steps"))
         if steppers:
             await asyncio.sleep(0)  # they wait for their instructions before the guest begins
-        self._armed = bool(steppers or addresses)
         return steppers
 
     def _set_breakpoints(self, vcpu: VCpu, addresses: list[int]) -> bool:
@@ -262,16 +289,17 @@ class Debugger:
             await asyncio.wait(steppers)
         for vcpu in self.machine.vcpus:
             vcpu.on_debug(None)
-            if self.breakpoints:
+            if self._breaks and not vcpu.is_closed:  # also if GDB has gone since
                 model: Any = vcpu.model
                 model.set_breakpoints(())
+        self.watches.unset()
 
     async def _step(self, vcpu: VCpu, once: bool) -> None:
-        for where in self.watchpoints:
-            self.watchpoints[where] = self._memory(vcpu, *where)
         try:
             while True:
                 await vcpu.at_instruction(1, from_now=True)
+                if getattr(vcpu.model, "watch_hits", ()):
+                    return  # the debug exit tells that comes with them
                 stop = self._look(vcpu)
                 if stop is not None or once:
                     self._stop(stop or Stop(SIGTRAP, vcpu))
@@ -281,18 +309,23 @@ class Debugger:
 
     def _look(self, vcpu: VCpu) -> Stop | None:
         """Is this a place to stop at?"""
-        for where, before in self.watchpoints.items():
-            if self._memory(vcpu, *where) != before:
-                return Stop(SIGTRAP, vcpu, watched=where[0])
+        for point, before in self._seen.items():
+            if self._memory(vcpu, point) != before:
+                return Stop(SIGTRAP, vcpu, watched=point.address)
         if code_address(vcpu.context) in self.breakpoints:
             return Stop(SIGTRAP, vcpu)
         return None
 
-    def _memory(self, vcpu: VCpu, address: int, size: int) -> bytes:
-        return read_linear(self.machine.memory, vcpu.context, address, size)
+    def _memory(self, vcpu: VCpu, point: Watchpoint) -> bytes:
+        return read_linear(self.machine.memory, vcpu.context, point.address, point.size)
 
     def _debug_exit(self, vcpu: VCpu) -> None:
-        self._stop(Stop(SIGTRAP, vcpu))
+        exit_ = vcpu.last_exit()
+        if isinstance(exit_, DebugEventExit) and exit_.watched:
+            self._stop(Stop(SIGTRAP, vcpu, watched=exit_.watched[0].address))
+        elif not self.watches.by_model or code_address(vcpu.context) in self.breakpoints:
+            self._stop(Stop(SIGTRAP, vcpu))
+        # Else what stopped it has been taken away since.
 
     def _stop(self, stop: Stop) -> None:
         """End the run; the first stop counts."""
@@ -315,8 +348,19 @@ class Debugger:
     async def _change(self) -> None:
         await self._changed.wait()
 
+    def say(self, text: str) -> None:
+        """Tell the user, if there is one."""
+        if self.on_word is not None:
+            self.on_word(text)
+
     def blind_spot(self) -> str | None:
-        """Why breakpoints would not work where the guest is now; None if they do."""
+        """Why GDB would not get its stops where the guest is now; None if it does."""
+        if self.watches.points and self.watches.move_refusal() is None:
+            return None
+        return self._native()
+
+    def _native(self) -> str | None:
+        """Why this host's KVM can neither stop nor step the guest where it is; None if it can."""
         for vcpu in self.machine.vcpus:
             model: Any = vcpu.model
             context = vcpu.context

@@ -13,6 +13,7 @@ from ..cpu import Context
 from ..errors import KvmaioError
 from ..linear import read_linear, write_linear
 from ..vcpu import VCpu
+from ..watchpoints import WatchKind, Watchpoint
 from .debugger import Debugger, Stop
 from .monitor import monitor
 from .packets import INTERRUPT, PACKET_SIZE, PacketStream, escape
@@ -20,7 +21,9 @@ from .registers import CpuView, register_set
 
 __all__ = ["Session"]
 
-_EXEC, _WRITE = (0, 1), 2  # kinds of Z packets
+# Kinds of Z packets.
+_EXEC = (0, 1)
+_WATCH = {2: WatchKind.WRITE, 3: WatchKind.READ, 4: WatchKind.ACCESS}
 
 _Reply = str | bytes | None
 _Handler = Callable[[str], _Reply | Awaitable[_Reply]]
@@ -74,6 +77,7 @@ class Session:
         stop = await self._debugger.attach()
         self._registers = register_set(self._machine.vcpus[0].context)
         self._last = self._stop_reply(stop)
+        self._debugger.on_word = self._say
         try:
             while not self._over and (packet := await self._stream.read()) is not None:
                 if packet == INTERRUPT:
@@ -86,6 +90,7 @@ class Session:
             if self._resuming is not None:
                 self._resuming.cancel()
                 await asyncio.wait([self._resuming])
+            self._debugger.on_word = None
             self._debugger.detach()
 
     async def finish(self) -> None:
@@ -194,18 +199,18 @@ class Session:
         kind, address, size = _point(rest)
         if kind in _EXEC:
             self._debugger.breakpoints.add(address)
-        elif kind == _WRITE:
-            self._debugger.watchpoints[address, size] = b""
+        elif kind in _WATCH:
+            self._debugger.watches.points.add(Watchpoint(address, size, _WATCH[kind]))
         else:
-            return ""  # reads leave nothing that could be compared
+            return ""
         return "OK"
 
     def _remove(self, rest: str) -> str:
         kind, address, size = _point(rest)
         if kind in _EXEC:
             self._debugger.breakpoints.discard(address)
-        elif kind == _WRITE:
-            self._debugger.watchpoints.pop((address, size), None)
+        elif kind in _WATCH:
+            self._debugger.watches.points.discard(Watchpoint(address, size, _WATCH[kind]))
         else:
             return ""
         return "OK"
@@ -227,7 +232,7 @@ class Session:
     def _resume(self, step: VCpu | None, *, alone: bool = False) -> None:
         self._view = None
         debugger = self._debugger
-        if (debugger.breakpoints or debugger.watchpoints or step) and (
+        if (debugger.breakpoints or debugger.watches.points or step) and (
             blind := debugger.blind_spot()
         ):
             self._say(blind)
