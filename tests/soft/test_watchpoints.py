@@ -6,6 +6,7 @@ import hashlib
 import random
 import re
 
+import attrs
 import pytest
 
 from kvmaio import Device, Machine
@@ -17,6 +18,7 @@ from kvmaio.vcpu import VCpu
 from kvmaio.watchpoints import WatchHit, WatchKind, Watchpoint
 from tests.assembler import assemble
 from tests.engine.support import deadline
+from tests.soft.test_lockstep import load_broad
 from tests.soft.test_soft_cpu import BUSY
 
 pytestmark = pytest.mark.soft
@@ -348,6 +350,51 @@ async def test_watching_changes_nothing_of_a_run():
     # Nine times: the copy writes two elements there and reads one, and XOR.
     for chunk in (lambda: None, lambda: 1, lambda: numbers.randint(1, 9)):
         assert await busy(chunk, watch) == (alone, 9 * 4)
+
+
+AREAS = [(0x2000, 3), (0x2006, 1), (0x3002, 5), (0x6FE0, 24), (0x4000_0002, 2)]
+"""Strings, where they come from and go to; the stack; a device."""
+
+
+async def generated(seed: int, mode: str, watch: list[Watchpoint]) -> tuple[object, int]:
+    """900 instructions one by one, and what is left; each write must be seen that shows."""
+    async with Machine(cpu="soft") as machine:
+        load_broad(machine, seed, mode)
+        (vcpu,) = machine.vcpus
+        assert isinstance(vcpu.model, SoftCpu)
+        vcpu.model.set_watchpoints(watch)
+        log: list[VmExit] = []
+        hits = 0
+        before = [machine.memory.read(*area) for area in AREAS[:-1]]
+        async with deadline(30):
+            while vcpu.stats.numInsts != 900:
+                exit_ = await vcpu.run(1)
+                if isinstance(exit_, IoExit | MmioExit):
+                    log.append(attrs.evolve(exit_, ticks=0))
+                    if isinstance(exit_, MmioExit):
+                        vcpu.model.mmio_word[0] = len(log) * 0x79B9
+                    else:
+                        place = vcpu.model.page.io.data_offset // 4
+                        vcpu.model.io_words[4][place] = len(log) * 0x9E37
+                after = [machine.memory.read(*area) for area in AREAS[:-1]]
+                if watch and after != before:
+                    assert isinstance(exit_, DebugEventExit)
+                    assert any(WRITE in hit.kind for hit in exit_.watched)
+                before = after
+                hits += isinstance(exit_, DebugEventExit)
+        digest = hashlib.sha256(machine.memory.read(0, 0x10000)).hexdigest()
+        return (re.sub(r"\w+ TSC\n", "", vcpu.dump()), log, digest), hits
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_generated_programs_run_the_same_watched_or_not(mode):
+    """With strings, faults, INT, x87, SSE and devices."""
+    for seed in range(6):
+        alone, none = await generated(seed, mode, [])
+        for kind in (WRITE, ACCESS):
+            watch = [Watchpoint(*area, kind) for area in AREAS]
+            same, hits = await generated(seed, mode, watch)
+            assert same == alone and hits > none == 0
 
 
 async def test_watchpoints_are_exact_without_counting_and_gone_when_they_are_taken_away():
