@@ -15,7 +15,7 @@ The states and transitions are gem5's (`BaseKvmCPU`)::
                  handler suspends ▼       │ handler answers
                           RUNNING_MMIO_PENDING
 
-This module, with `vcpu_at_rest`, is the only place that changes a vCPU's state.
+This module, with `vcpu_at_rest` and `vcpu_burst`, is the only place that changes a vCPU's state.
 """
 
 from __future__ import annotations
