@@ -191,14 +191,19 @@ class AccessBurst(Protocol):
     """A guest's plain accesses, one after the other: entries with nothing to look at between."""
 
     @property
+    def due(self) -> int:
+        """The access that the run page holds, as
+        ``address << 6 | size << 2 | is_write << 1 | is_pio``; -1 where it is no plain one."""
+
+    @property
     def next(self) -> Callable[[], int]:
-        """Enters the guest, without a limit; gives the access that it then makes, as
-        ``address << 6 | size << 2 | is_write << 1 | is_pio``. Else -1, and `end()` tells."""
+        """Enters the guest, without a limit; gives the access that it then makes, as `due`
+        does. Else -1, and `end()` tells."""
 
     def end(self) -> EntryResult | None:
         """What the last `next()` led to, if not to a plain access; as `CpuModel.enter()`."""
 
-    def words(self, key: int) -> Any:
+    def words(self, access: int) -> Any:
         """Where the run page has the data of an access, as an array of one word of its size."""
 
     def take_ns(self) -> int:

@@ -360,6 +360,10 @@ class VCpu(BurstingVCpu):
                 while self._allowed:
                     if entry.events is not None and entry.events.fired:
                         await entry.events.let_waiters_run()
+                    elif self._exit_due and (burst := self._possible_burst()) is not None:
+                        follows = self._burst(burst)
+                        if follows is not None:
+                            await follows
                     elif self._exit_due:
                         pending = self._begin_watched() if owner.watches_exits else service.begin()
                         if pending is not None:
@@ -371,10 +375,6 @@ class VCpu(BurstingVCpu):
                             self._state = RUNNING
                     elif self._state is IDLE:
                         break
-                    elif (burst := self._possible_burst()) is not None:
-                        rest_of_it = self._burst(burst)
-                        if rest_of_it is not None:
-                            await rest_of_it
                     elif entry.begin(None) is None:
                         await entry.arrival()
                 if self._draining:

@@ -1,8 +1,8 @@
 """`BurstingVCpu`: the part of a `VCpu` that answers accesses which come back to back.
 
 It does what `Entry.begin()` and `Service.begin()` do in turn, for the case that counts: a guest
-that the loop's thread runs makes a plain access, a handler answers it, and nothing else has
-happened. Between two entries there are then only the lines of `_burst()`.
+makes a plain access, a handler answers it, and nothing else has happened. Between two entries
+there are then only the lines of `_burst()`.
 """
 
 from __future__ import annotations
@@ -50,28 +50,30 @@ class BurstingVCpu(RestingVCpu):
         mmio.on_change(self._known.clear)
 
     def _possible_burst(self) -> AccessBurst | None:
-        """The model's way in for a burst, if nothing has to be looked at before the entry."""
+        """The model's way to serve accesses back to back, if one is due and nothing else."""
         if (
-            self._entry.events is not None
+            self._state is not SERVICE
+            or self._entry.events is not None
             or self._registers.newer is _CONTEXT
-            or self.interrupts.need_attention
             or self._owner.watches_exits
+            or self.interrupts.need_attention
         ):
             return None
-        return self.model.burst()
+        burst = self.model.burst()
+        return burst if burst is not None and burst.due >= 0 else None
 
     def _burst(self, burst: AccessBurst) -> Awaitable[object] | None:
-        """Enter and serve accesses until something else comes; what to await then, if anything."""
+        """Serve the access due, enter, and so on until something else comes.
+
+        Returns what to await then, if anything.
+        """
         registers, stats, known = self._registers, self.stats, self._known
         following, left = burst.next, self._left
-        key = following()
-        if key < 0:
-            return self._end_burst(burst)
+        key, counted = burst.due, True
         self.disturbed = False
-        registers.newer, registers.access_pending = _MODEL, True
         # Before the handler runs, which may suspend the vCPU. And not again for each access: while
         # the guest is inside, nobody looks.
-        self._state, self._exit_due, self._begun = COMPLETION, True, True
+        self._state, self._begun = COMPLETION, True
         try:
             while True:
                 try:
@@ -79,14 +81,6 @@ class BurstingVCpu(RestingVCpu):
                 except KeyError:
                     self._learn(burst, key)
                     continue
-                stats.numVMExits += 1
-                if key & 1:
-                    stats.numIO += 1
-                else:
-                    stats.numMMIO += 1
-                if left is not None:
-                    self._entry.executed(burst.executed_ns)
-                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
                 if is_write:
                     pending = handler(offset, size, words[0])
                     if pending.__class__ is CoroutineType:  # as `drive()` does, without a call
@@ -117,16 +111,24 @@ class BurstingVCpu(RestingVCpu):
                 key = following()
                 if key < 0:
                     break
+                counted = False
+                stats.numVMExits += 1
+                if key & 1:
+                    stats.numIO += 1
+                else:
+                    stats.numMMIO += 1
+                if left is not None:
+                    self._entry.executed(burst.executed_ns)
+                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
         finally:
-            self._entry.executed(burst.executed_ns, in_all_ns=burst.take_ns())
-            if key >= 0:
-                self._service.reason = _IO if key & 1 else _MMIO
+            if not counted:
+                self._entry.executed(burst.executed_ns, in_all_ns=burst.take_ns())
+                if key >= 0:
+                    self._service.reason = _IO if key & 1 else _MMIO
         self._exit_due = self._begun = False
-        return self._end_burst(burst) if key < 0 else None
-
-    def _end_burst(self, burst: AccessBurst) -> Awaitable[EntryResult] | None:
-        """The last entry led to something else, or is still under way."""
-        return self._entry.arrival() if self._entry.end_burst(burst) is None else None
+        if key < 0 and self._entry.end_burst(burst) is None:
+            return self._entry.arrival()
+        return None
 
     async def _finish(self, pending: Awaitable[None]) -> None:
         """A handler has suspended: this vCPU waits for it."""

@@ -22,6 +22,31 @@ void kvmaio_send_kick(pid_t tid);
 int kvmaio_set_signal_mask(int vcpu_fd);
 void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu); /* continue the present run on the native thread */
 
+/* See `access` of kvmaio_vcpu. */
+static inline int64_t access_of(const kvmaio_vcpu *vcpu)
+{
+	const struct kvm_run *page = vcpu->page;
+	uint64_t address;
+	uint32_t size;
+	int is_write, is_pio = page->exit_reason == KVM_EXIT_IO;
+	if (vcpu->outcome != KVMAIO_EXIT)
+		return -1;
+	if (is_pio && page->io.count == 1 && page->io.data_offset == KVMAIO_PIO_DATA) {
+		address = page->io.port;
+		size = page->io.size;
+		is_write = page->io.direction == KVM_EXIT_IO_OUT;
+	} else if (page->exit_reason == KVM_EXIT_MMIO && !(page->mmio.phys_addr >> 52)) {
+		address = page->mmio.phys_addr;
+		size = page->mmio.len;
+		is_write = page->mmio.is_write;
+	} else {
+		return -1;
+	}
+	if (size & (size - 1) || size > 8)
+		return -1;
+	return (int64_t)(address << 6 | size << 2 | (is_write ? 2 : 0) | is_pio);
+}
+
 static inline int64_t clock_ns(clockid_t clock)
 {
 	struct timespec now;

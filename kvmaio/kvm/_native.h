@@ -58,6 +58,8 @@ void kvmaio_hub_destroy(kvmaio_hub *hub);
 
 /* ---- a vCPU and its native thread ---------------------------------------- */
 
+#define KVMAIO_PIO_DATA 4096 /* KVM_PIO_PAGE_OFFSET, which the kernel keeps to itself */
+
 typedef struct kvmaio_vcpu {
 	int fd;
 	struct kvm_run *page; /* the thread's between enter and arrival, else the loop's */
@@ -75,6 +77,13 @@ typedef struct kvmaio_vcpu {
 	int64_t executed_cycles; /* what cycles_fd counted meanwhile; -1: unknown */
 	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
 	int64_t burst_ns;    /* executed by the runs of kvmaio_resident_next; the loop sets it to 0 */
+
+	/* The access that ended the run, where it is one word of 1, 2, 4 or 8 bytes (a port's
+	 * at KVMAIO_PIO_DATA in the run page); else -1.
+	 *
+	 *     address << 6 | size << 2 | is_write << 1 | is_pio
+	 */
+	int64_t access;
 	uint64_t entries;    /* KVM_RUN calls so far */
 	uint64_t unrequested; /* of these, ended by an EINTR that nobody asked for */
 
@@ -190,14 +199,8 @@ int kvmaio_resident_release(kvmaio_vcpu *vcpu);
  * limit: call kvmaio_resident_wait when the loop has nothing else to do. */
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
 
-/* The same without a limit, for a caller that answers plain accesses back to back: the
- * access that ended the run, as
- *
- *     address << 6 | size << 2 | is_write << 1 | is_pio
- *
- * where it is one word of 1, 2, 4 or 8 bytes, a port's at KVMAIO_PIO_DATA in the run
- * page; else -1, and `burst_end` tells what kvmaio_resident_enter would have returned. */
-#define KVMAIO_PIO_DATA 4096
+/* The same without a limit, for a caller that answers accesses back to back: the `access`
+ * that ended the run, or -1, and `burst_end` tells what kvmaio_resident_enter returned. */
 int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 
 /* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC): run the

@@ -129,6 +129,7 @@ static int finish(kvmaio_vcpu *vcpu, int outcome)
 		atomic_store(&vcpu->active, 0);
 		vcpu->resident_run = 0;
 		vcpu->outcome = outcome;
+		vcpu->access = access_of(vcpu);
 		atomic_store(&vcpu->ended, vcpu->run_id);
 	}
 	return outcome;
@@ -209,29 +210,14 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	return finish(vcpu, outcome);
 }
 
-static int64_t access_key(uint64_t address, uint32_t size, int is_write, int is_pio)
-{
-	if (address >> 52 || (size & (size - 1)) || size > 8)
-		return -1;
-	return (int64_t)(address << 6 | size << 2 | is_write << 1 | is_pio);
-}
-
 int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu)
 {
-	const struct kvm_run *page = vcpu->page;
-	int64_t key = -1;
 	vcpu->burst_end = kvmaio_resident_enter(resident, vcpu, -1);
 	if (vcpu->burst_end != KVMAIO_EXIT)
-		return key;
-	if (page->exit_reason == KVM_EXIT_IO && page->io.count == 1 &&
-	    page->io.data_offset == KVMAIO_PIO_DATA)
-		key = access_key(page->io.port, page->io.size,
-				 page->io.direction == KVM_EXIT_IO_OUT, 1);
-	else if (page->exit_reason == KVM_EXIT_MMIO)
-		key = access_key(page->mmio.phys_addr, page->mmio.len, page->mmio.is_write, 0);
-	if (key >= 0)
+		return -1;
+	if (vcpu->access >= 0)
 		vcpu->burst_ns += vcpu->executed_ns;
-	return key;
+	return vcpu->access;
 }
 
 /* ---- waiting --------------------------------------------------------------------

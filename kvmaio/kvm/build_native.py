@@ -187,7 +187,7 @@ typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } k
 typedef struct kvmaio_vcpu {
     kvmaio_run_timer timer;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
-    int64_t executed_ns, executed_cycles, inside_ns, burst_ns; int cycles_fd, burst_end;
+    int64_t executed_ns, executed_cycles, inside_ns, burst_ns, access; int cycles_fd, burst_end;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);

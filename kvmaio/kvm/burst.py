@@ -1,4 +1,4 @@
-"""`KvmBurst`: a resident vCPU's plain accesses, back to back; see `kvmaio.cpu.AccessBurst`."""
+"""Accesses of a KVM vCPU, back to back; see `kvmaio.cpu.AccessBurst`."""
 
 from __future__ import annotations
 
@@ -12,36 +12,60 @@ if TYPE_CHECKING:
     from .cpu import KvmCpu
     from .resident import Residents
 
-__all__ = ["KvmBurst"]
+__all__ = ["NativeBurst", "ResidentBurst"]
 
 _WORDS = {size: f"uint{8 * size}_t *" for size in (1, 2, 4, 8)}
 
 
-class KvmBurst:
-    """One stay of a vCPU on the loop's thread."""
+class NativeBurst:
+    """Of a vCPU on its own thread: a burst is one access long, and its way back in."""
 
-    __slots__ = ("_cpu", "_handle", "next")
+    __slots__ = ("_cpu", "_handle")
 
-    def __init__(self, cpu: KvmCpu, residents: Residents) -> None:
+    def __init__(self, cpu: KvmCpu) -> None:
         self._cpu = cpu
         self._handle = cpu.handle
-        self.next = partial(lib.kvmaio_resident_next, residents.handle, cpu.handle)
+
+    @property
+    def due(self) -> int:
+        access: int = self._handle.access
+        return access
+
+    def next(self) -> int:
+        return -1
+
+    def end(self) -> EntryResult | None:
+        return self._cpu.enter(None)
+
+    def words(self, access: int) -> Any:
+        page = self._cpu.page
+        is_pio, size = access & 1, access >> 2 & 15
+        start = ffi.cast("uint8_t *", page) + lib.KVMAIO_PIO_DATA if is_pio else page.mmio.data
+        return ffi.cast(_WORDS[size], start)
+
+    def take_ns(self) -> int:
+        return 0
+
+    @property
+    def executed_ns(self) -> int:
+        return self._cpu.executed_ns
+
+
+class ResidentBurst(NativeBurst):
+    """Of a vCPU on the loop's thread: it goes on until something else than an access comes."""
+
+    __slots__ = ("next",)
+
+    def __init__(self, cpu: KvmCpu, residents: Residents) -> None:
+        super().__init__(cpu)
+        self.next = partial(  # type: ignore[method-assign]
+            lib.kvmaio_resident_next, residents.handle, cpu.handle
+        )
 
     def end(self) -> EntryResult | None:
         return self._cpu.burst_ended()
-
-    def words(self, key: int) -> Any:
-        page = self._cpu.page
-        is_pio, size = key & 1, key >> 2 & 15
-        start = ffi.cast("uint8_t *", page) + lib.KVMAIO_PIO_DATA if is_pio else page.mmio.data
-        return ffi.cast(_WORDS[size], start)
 
     def take_ns(self) -> int:
         taken_ns: int = self._handle.burst_ns
         self._handle.burst_ns = 0
         return taken_ns
-
-    @property
-    def executed_ns(self) -> int:
-        executed_ns: int = self._handle.executed_ns
-        return executed_ns

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, HostError
 from . import state
 from ._native import ffi, lib
 from .breakpoints import check_breakpoints, put_breakpoints
-from .burst import KvmBurst
+from .burst import NativeBurst, ResidentBurst
 from .context import context_from, get_context, set_context
 from .counters import Counter, CounterConfig, cycle_counting, host_hz
 from .cpuid import CpuidEntry
@@ -116,7 +116,7 @@ class KvmCpu:
         self._inside = False
         self._promotion = Promotion(hub.costs)
         self._residents: Residents | None = None
-        self._burst: KvmBurst | None = None
+        self._burst = NativeBurst(self)
         self._began_limit_ns = 0
         self._sync_left = 0
         self._page_has_registers = False
@@ -144,13 +144,11 @@ class KvmCpu:
         residents.park(self)
         return None
 
-    def burst(self) -> KvmBurst | None:
-        if self._residents is None or self._sync_left or self._page_has_registers:
-            return None
-        return self._burst
+    def burst(self) -> NativeBurst | None:
+        return None if self._sync_left or self._page_has_registers else self._burst
 
     def burst_ended(self) -> EntryResult | None:
-        """How the entry ended, or None if it goes on: see `KvmBurst`."""
+        """How the entry ended, or None if it goes on: see `ResidentBurst`."""
         residents, outcome = self._residents, self.handle.burst_end
         if outcome != _LATER:
             return self._result(outcome)
@@ -258,13 +256,12 @@ class KvmCpu:
             self._move_out()
 
     def _may_move_in(self) -> bool:
-        often = self._promotion.exits_often(self.handle.inside_ns)
-        if not often or not self._hub.residents.has_room():
+        if not self._hub.has_room() or not self._promotion.exits_often(self.handle.inside_ns):
             return False
         residents = self._hub.residents
         residents.move_in(self)
         self._residents = residents
-        self._burst = KvmBurst(self, residents)
+        self._burst = ResidentBurst(self, residents)
         self._promotion.moved()
         return True
 
@@ -272,7 +269,7 @@ class KvmCpu:
         residents = self._residents
         if residents is not None:
             residents.move_out(self)
-            self._residents = self._burst = None
+            self._residents, self._burst = None, NativeBurst(self)
             self._promotion.moved()
 
     # ---- state ------------------------------------------------------------------

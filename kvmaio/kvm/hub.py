@@ -84,6 +84,10 @@ class Hub:
             self._residents = Residents(self, self.costs)
         return self._residents
 
+    def has_room(self) -> bool:
+        """May one more vCPU live on this loop's thread?"""
+        return self._residents is None or self._residents.has_room()
+
     @property
     def wakeups(self) -> int:
         """How often the eventfd woke the loop; arrivals in a batch share one."""
