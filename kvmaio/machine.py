@@ -18,6 +18,7 @@ from .boot.faults import FaultFrame
 from .boot.image import BootState, Image
 from .bus import Unmapped
 from .checkpoint import Checkpoint
+from .checkpoint.progress import Progress, silent
 from .clock import LoopClock
 from .device import Device
 from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained
@@ -454,8 +455,14 @@ class Machine(Board):
 
     # ---- checkpoints (what they hold: snapshot.py) -------------------------------------
 
-    async def checkpoint(self, timeout: float | None = DRAIN_TIMEOUT_S) -> Checkpoint:
+    async def checkpoint(
+        self, timeout: float | None = DRAIN_TIMEOUT_S, *, progress: Progress = silent
+    ) -> Checkpoint:
         """The machine's whole state as a value; drains for it unless it is drained already.
+
+        Args:
+            progress: called now and then with how much memory is done, and of how much; what
+                it raises ends the work. No device answers meanwhile.
 
         Raises:
             DrainTimeout: it did not come to rest within `timeout` seconds of the loop's time.
@@ -464,7 +471,7 @@ class Machine(Board):
             CheckpointError: a device's state is not plain data.
         """
         async with self.drained(timeout):
-            return snapshot.capture(self)
+            return snapshot.capture(self, progress)
 
     async def restore(
         self, checkpoint: Checkpoint, timeout: float | None = DRAIN_TIMEOUT_S

@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from .checkpoint import Checkpoint, MemoryPages
 from .checkpoint.pages import BLOCK_SIZE, PAGE_SIZE
@@ -109,13 +109,15 @@ class MemoryImage:
                 _drop_written(region)
         memory.image = self
 
-    def capture(self, region: MemoryRegion) -> MemoryPages:
+    def capture(
+        self, region: MemoryRegion, *, on_block: Callable[[int], object] | None = None
+    ) -> MemoryPages:
         """What a region that has the image mapped holds now; looks at what was written only."""
         like = self.pages.get(region.base)
         if like is None or like.size != region.size:
-            return MemoryPages.capture(region.mapping)
+            return MemoryPages.capture(region.mapping, on_block=on_block)
         dirty = (page for first, last in written_runs(region) for page in range(first, last))
-        return MemoryPages.capture(region.mapping, like=like, dirty=dirty)
+        return MemoryPages.capture(region.mapping, like=like, dirty=dirty, on_block=on_block)
 
     def _map(self, region: MemoryRegion) -> None:
         address = _address(region)

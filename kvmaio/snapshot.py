@@ -20,6 +20,7 @@ from .checkpoint import (
     RegionShape,
     SavedDevice,
 )
+from .checkpoint.progress import Progress, silent
 from .clock import Alarm
 from .device import Device
 from .errors import CheckpointError, ConfigurationError
@@ -70,8 +71,11 @@ def shape_of(machine: Machine) -> MachineShape:
     )
 
 
-def capture(machine: Machine) -> Checkpoint:
+def capture(machine: Machine, progress: Progress = silent) -> Checkpoint:
     """The machine's whole state.
+
+    Args:
+        progress: told of the memory; what it raises ends the capture.
 
     Raises:
         CheckpointError: a device's state is not plain data.
@@ -87,7 +91,7 @@ def capture(machine: Machine) -> Checkpoint:
         vm=platform.save(),
         time_ns=machine.clock.now_ns,
         statistics=machine.stats.as_dict(),
-        memory=_capture_memory(machine.memory),
+        memory=_capture_memory(machine.memory, progress),
         created_by=CreatedBy(__version__, platform.kind, platform.host_kind),
         engine={
             "pio_unmapped": machine.pio.unmapped.value,
@@ -102,12 +106,21 @@ def capture(machine: Machine) -> Checkpoint:
     return checkpoint
 
 
-def _capture_memory(memory: GuestMemory) -> dict[int, MemoryPages]:
-    image = memory.image
-    return {
-        region.base: MemoryPages.capture(region.mapping) if image is None else image.capture(region)
-        for region in memory.regions
-    }
+def _capture_memory(memory: GuestMemory, progress: Progress) -> dict[int, MemoryPages]:
+    image, captured, done = memory.image, {}, 0
+    total = sum(region.size for region in memory.regions)
+    for region in memory.regions:
+
+        def on_block(offset: int, before: int = done) -> None:
+            progress(before + offset, total)
+
+        if image is None:
+            pages = MemoryPages.capture(region.mapping, on_block=on_block)
+        else:
+            pages = image.capture(region, on_block=on_block)
+        captured[region.base] = pages
+        done += region.size
+    return captured
 
 
 def save_device(device: Device) -> SavedDevice:

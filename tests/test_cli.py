@@ -507,10 +507,11 @@ def test_no_permission_on_dev_kvm_says_what_to_do(command):
 class Terminal:
     """The command on a terminal of its own."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, program: str | Path = KVMAIO) -> None:
         pid, self.fd = pty.fork()
         if pid == 0:
-            os.execv(KVMAIO, ["kvmaio", *arguments])
+            os.environ["TERM"] = "xterm"
+            os.execv(program, [str(program), *arguments])
         self.pid = pid
         self.before = termios.tcgetattr(self.fd)
         self.shown = b""
@@ -531,6 +532,15 @@ class Terminal:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
         raise AssertionError(f"it does not end; shown: {self.shown!r}")
+
+    def drained(self) -> bytes:
+        """All that was shown, once the command has ended."""
+        while select.select([self.fd], [], [], 0)[0]:
+            try:
+                self.shown += os.read(self.fd, 4096)
+            except OSError:  # nobody has it open any more
+                break
+        return self.shown
 
     def __enter__(self) -> Terminal:
         return self

@@ -9,6 +9,7 @@
 `layout`        what a file consists of; `writer` and `reader` for it
 `atomic`        a file that is replaced whole or not at all
 `inspection`    what a file says of itself
+`progress`      how far saving and loading are
 ==============  ======================================================================
 
 Nothing here needs a machine: the engine makes checkpoints and restores from them.

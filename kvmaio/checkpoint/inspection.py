@@ -8,9 +8,10 @@ import attrs
 
 from ..errors import CheckpointError
 from .layout import MEMORY, RECORD, SCHEMA, Entry
-from .model import SECTIONS, check_sections
+from .model import SECTIONS, Head, check_sections
 from .pages import PAGE_SIZE, Block, MemoryPages
 from .parts import CreatedBy, MachineShape
+from .progress import Progress, silent
 from .reader import Reader
 
 __all__ = ["CheckpointInfo", "inspect"]
@@ -49,11 +50,14 @@ class CheckpointInfo:
         return (memory.plain - RECORD.size * memory.values) // PAGE_SIZE
 
 
-def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> CheckpointInfo:
+def inspect(
+    path: str | os.PathLike[str], *, verify: bool = True, progress: Progress = silent
+) -> CheckpointInfo:
     """What the checkpoint file at `path` says of itself; no memory page is kept.
 
     Args:
         verify: check every byte of the file; else memory pages are not read.
+        progress: as for `Checkpoint.load`.
 
     Raises:
         CheckpointError, HostError: as `Checkpoint.load`.
@@ -62,7 +66,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> CheckpointI
         with Reader(path, (*SECTIONS, MEMORY)) as reader:
             head = check_sections({name: reader.plain(name) for name in SECTIONS})
             if verify:
-                _verify_memory(reader, head.shape, head.base is not None)
+                _verify_memory(reader, head, progress)
             return CheckpointInfo(
                 SCHEMA,
                 reader.size,
@@ -78,8 +82,9 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> CheckpointI
         raise CheckpointError(f"{os.fsdecode(path)}: {error}") from None
 
 
-def _verify_memory(reader: Reader, shape: MachineShape, relative: bool) -> None:
-    memory = [MemoryPages(region.size, {}, relative) for region in shape.memory]
-    for region, number, block in reader.blocks(len(memory)):
+def _verify_memory(reader: Reader, head: Head, progress: Progress) -> None:
+    relative = head.base is not None
+    memory = [MemoryPages(region.size, {}, relative) for region in head.shape.memory]
+    for region, number, block in reader.blocks(len(memory), progress):
         memory[region].add(number, block)
         memory[region].blocks[number] = Block(0, 0, b"")  # its number is all that is needed

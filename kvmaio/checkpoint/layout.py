@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -101,8 +101,16 @@ def digest_of(entries: Sequence[Entry]) -> str:
     return whole.hexdigest()
 
 
-def describe(sections: Mapping[str, bytes], memory: Sequence[MemoryPages]) -> list[Entry]:
-    """The entries of a checkpoint that is not in a file, so without packed sizes."""
+def describe(
+    sections: Mapping[str, bytes],
+    memory: Sequence[MemoryPages],
+    on_block: Callable[[int], object] = lambda size: None,
+) -> list[Entry]:
+    """The entries of a checkpoint that is not in a file, so without packed sizes.
+
+    Args:
+        on_block: called with the size of each block of memory.
+    """
     entries = [
         Entry(name, 0, len(plain), scan(plain), hashlib.sha256(plain).digest())
         for name, plain in sections.items()
@@ -112,6 +120,7 @@ def describe(sections: Mapping[str, bytes], memory: Sequence[MemoryPages]) -> li
         add_to_checksum(whole, region, number, block)
         size += RECORD.size + len(block.data)
         count += 1
+        on_block(len(block.data))
     return [*entries, Entry(MEMORY, 0, size, count, whole.digest())]
 
 

@@ -22,6 +22,7 @@ from .parts import (
     to_plain,
 )
 from .plain import decode, encode
+from .progress import Progress, silent
 from .reader import Reader
 from .writer import write
 
@@ -242,28 +243,40 @@ class Checkpoint:
 
     # ---- files -----------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
         """Write it to a file, whole or not at all: a crash leaves what was there before.
+
+        Args:
+            progress: called now and then with how much is done, and of how much; what it
+                raises ends the work, and leaves what was there before.
 
         Raises:
             HostError: the host refused (no space, no permission); what was there is unharmed.
             CheckpointError: something that is no file is there, or somebody is saving to it.
         """
-        write(path, self._sections, list(self.memory.values()))
+        write(path, self._sections, list(self.memory.values()), progress)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], base: Checkpoint | None = None) -> Checkpoint:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        base: Checkpoint | None = None,
+        *,
+        progress: Progress = silent,
+    ) -> Checkpoint:
         """The checkpoint in a file, complete.
 
         Args:
             base: for a file of an incremental checkpoint, what it is relative to.
+            progress: called now and then with how much is done, and of how much; what it
+                raises ends the work.
 
         Raises:
             CheckpointError: the file is damaged, cut off, foreign or newer, needs another
                 base, or is larger than memory.
             HostError: there is no such file, or it may not be read.
         """
-        checkpoint = cls.load_relative(path)
+        checkpoint = cls.load_relative(path, progress=progress)
         if checkpoint.base is None:
             if base is not None:
                 raise CheckpointError(f"{_text(path)}: complete; it is relative to no base")
@@ -279,13 +292,13 @@ class Checkpoint:
             raise CheckpointError(f"{_text(path)}: {error}") from None
 
     @classmethod
-    def load_relative(cls, path: str | os.PathLike[str]) -> Self:
+    def load_relative(cls, path: str | os.PathLike[str], *, progress: Progress = silent) -> Self:
         """The checkpoint in a file as it is there: with a `base` if it was saved so."""
         try:
             with Reader(path, (*SECTIONS, MEMORY)) as reader:
                 sections = {name: reader.plain(name) for name in SECTIONS}
                 head = check_sections(sections)
-                memory = _read_memory(reader, head.shape, head.base is not None)
+                memory = _read_memory(reader, head, progress)
                 checkpoint = cls._of(sections, memory)
                 checkpoint._digest = reader.digest
                 return checkpoint
@@ -328,11 +341,12 @@ def _devices_of(sections: Mapping[str, bytes]) -> dict[str, SavedDevice]:
     return devices
 
 
-def _read_memory(reader: Reader, shape: MachineShape, relative: bool) -> dict[int, MemoryPages]:
-    memory = [MemoryPages(region.size, {}, relative) for region in shape.memory]
-    for region, number, block in reader.blocks(len(memory)):
+def _read_memory(reader: Reader, head: Head, progress: Progress) -> dict[int, MemoryPages]:
+    regions, relative = head.shape.memory, head.base is not None
+    memory = [MemoryPages(region.size, {}, relative) for region in regions]
+    for region, number, block in reader.blocks(len(memory), progress):
         memory[region].add(number, block)
-    return {region.base: pages for region, pages in zip(shape.memory, memory, strict=True)}
+    return {region.base: pages for region, pages in zip(regions, memory, strict=True)}
 
 
 def _text(path: str | os.PathLike[str]) -> str:

@@ -7,7 +7,7 @@ Blocks never change, so checkpoints of one machine share those that are equal.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import attrs
@@ -83,7 +83,12 @@ class MemoryPages:
 
     @classmethod
     def capture(
-        cls, memory: Any, *, like: MemoryPages | None = None, dirty: Iterable[int] | None = None
+        cls,
+        memory: Any,
+        *,
+        like: MemoryPages | None = None,
+        dirty: Iterable[int] | None = None,
+        on_block: Callable[[int], object] | None = None,
     ) -> Self:
         """The pages that `memory` holds now.
 
@@ -96,6 +101,8 @@ class MemoryPages:
             like: an earlier capture of the same region, whose equal blocks are shared.
             dirty: the numbers of the pages that may have changed since `like`; no
                 other block is looked at.
+            on_block: called with the offset of each block that is looked at; what it
+                raises ends the capture.
         """
         with memoryview(memory) as view, view.cast("B") as data:
             size = len(data)
@@ -115,6 +122,8 @@ class MemoryPages:
                 numbers = (number for number in numbers if number not in untouched)
             for number in numbers:
                 start = number * BLOCK_SIZE
+                if on_block is not None:
+                    on_block(start)
                 block = _pack(data[start : start + BLOCK_SIZE].tobytes())
                 if block is None:
                     blocks.pop(number, None)

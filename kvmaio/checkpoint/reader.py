@@ -34,6 +34,7 @@ from .layout import (
 )
 from .pages import PAGE_SIZE, Block
 from .plain import scan
+from .progress import Progress, silent
 
 __all__ = ["Reader"]
 
@@ -99,7 +100,7 @@ class Reader:
                 raise CheckpointError(f"damaged: {values} values, {entry.values} are declared")
         return plain
 
-    def blocks(self, regions: int) -> Iterator[tuple[int, int, Block]]:
+    def blocks(self, regions: int, progress: Progress = silent) -> Iterator[tuple[int, int, Block]]:
         """Region, number and content of each block of memory, as far as they can be read.
 
         They are only certain once the iterator has ended without an error.
@@ -107,7 +108,8 @@ class Reader:
         entry, offset = self._find(MEMORY)
         with _naming(MEMORY):
             whole, plain_size, count, last = hashlib.sha256(), 0, 0, 0
-            for plain in self._chunks(offset, offset + entry.packed):
+            for at, plain in self._chunks(offset, offset + entry.packed):
+                progress(at - offset, entry.packed)
                 plain_size += len(plain)
                 if plain_size > entry.plain:
                     raise CheckpointError(f"damaged: more than the declared {entry.plain:,} bytes")
@@ -125,7 +127,8 @@ class Reader:
                 )
             _compare_checksum(entry, whole.digest())
 
-    def _chunks(self, at: int, end: int) -> Iterator[bytes]:
+    def _chunks(self, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """Where each begins, and its content."""
         while at < end:
             if end - at < CHUNK.size:
                 raise CheckpointError("damaged: a chunk's beginning is cut off")
@@ -138,7 +141,7 @@ class Reader:
             if plain_size > 2 * CHUNK_SIZE:
                 raise CheckpointError(f"damaged: a chunk of {plain_size:,} bytes unpacked")
             _check_packed_size(packed_size, plain_size)
-            yield _unpack(self._read(at, packed_size), plain_size)
+            yield at, _unpack(self._read(at, packed_size), plain_size)
             at += packed_size
 
     # ---- header and trailer ----------------------------------------------------------

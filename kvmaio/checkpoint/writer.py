@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import zstandard
@@ -28,6 +28,7 @@ from .layout import (
     header_size,
 )
 from .pages import MemoryPages
+from .progress import Progress, silent
 
 __all__ = ["write"]
 
@@ -35,13 +36,17 @@ _MEMORY_LEVEL = 1  # half a gigabyte per second; 3 is half as fast and saves har
 
 
 def write(
-    path: str | os.PathLike[str], sections: Mapping[str, bytes], memory: Sequence[MemoryPages]
+    path: str | os.PathLike[str],
+    sections: Mapping[str, bytes],
+    memory: Sequence[MemoryPages],
+    progress: Progress = silent,
 ) -> None:
     """Write a checkpoint file, whole or not at all.
 
     Args:
         sections: name (at most 16 bytes) -> plain content.
         memory: of each region, in order.
+        progress: told of the memory; what it raises leaves at `path` what was there.
 
     Raises:
         HostError, CheckpointError: see `replacing`; or a section exceeds `SECTION_LIMIT`.
@@ -51,7 +56,14 @@ def write(
             raise CheckpointError(
                 f"section {name} has {len(plain):,} bytes, at most {SECTION_LIMIT:,} are possible"
             )
-    entries = describe(sections, memory)
+    total, done = 2 * sum(pages.stored_bytes for pages in memory), 0
+
+    def on_block(size: int) -> None:  # each once to be hashed, and once to be written
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    entries = describe(sections, memory, on_block)
     with replacing(path) as output:
         output.write(bytes(header_size(len(entries))))
         packed = []
@@ -60,7 +72,7 @@ def write(
             output.write(zstandard.ZstdCompressor().compress(plain))
             packed.append(output.size - start)
         start = output.size
-        _write_memory(output, memory)
+        _write_memory(output, memory, on_block)
         packed.append(output.size - start)
         entries = [
             attrs.evolve(entry, packed=size) for entry, size in zip(entries, packed, strict=True)
@@ -77,7 +89,9 @@ def _header(entries: Sequence[Entry], size: int) -> bytes:
     return header + hashlib.sha256(header).digest()
 
 
-def _write_memory(output: Output, memory: Sequence[MemoryPages]) -> None:
+def _write_memory(
+    output: Output, memory: Sequence[MemoryPages], on_block: Callable[[int], object]
+) -> None:
     compressor = zstandard.ZstdCompressor(level=_MEMORY_LEVEL)
     pieces: list[bytes] = []
     size = 0
@@ -94,5 +108,6 @@ def _write_memory(output: Output, memory: Sequence[MemoryPages]) -> None:
         if size >= CHUNK_SIZE:
             close_chunk()
             size = 0
+        on_block(len(block.data))
     if pieces:
         close_chunk()

@@ -7,6 +7,7 @@
 `console`     the guest's consoles on standard output and input
 `live`        rates while the machine runs
 `registers`   a device's registers as Markdown
+`progress`    how far loading, saving and measuring are
 `reports`     errors in one line, statistics as a table
 `doctor`      the facts of `kvmaio.doctor` as text or JSON
 `bench`       the figures of `kvmaio.bench` as tables or JSON

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from .progress import stages
 
 if TYPE_CHECKING:
     from ..bench import Report
@@ -61,11 +64,8 @@ def bench(
         raise click.UsageError("uvloop is not installed: pip install uvloop")
     loops = [loop] if loop in ("asyncio", "uvloop") else ["asyncio", "uvloop"][: 1 + has_uvloop]
 
-    def tell(name: str, loop: str) -> None:
-        if os.isatty(2):
-            click.echo(f"{FAMILIES[name].title} ({loop}) ...", err=True)
-
-    report = measure(names, loops=loops, rounds=rounds, quick=quick, on_family=tell)
+    with _shown_progress(names or tuple(FAMILIES), loops) as on_family:
+        report = measure(names, loops=loops, rounds=rounds, quick=quick, on_family=on_family)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
@@ -79,6 +79,22 @@ def bench(
     for line in report.shortcomings:
         click.echo(line, err=True)
     return 1 if report.shortcomings else 0
+
+
+@contextmanager
+def _shown_progress(
+    names: Sequence[str], loops: Sequence[str]
+) -> Iterator[Callable[[str, str], None]]:
+    from ..bench import FAMILIES
+
+    begun = itertools.count()
+    with stages(sum(len(loops) if FAMILIES[name].loop_matters else 1 for name in names)) as show:
+
+        def on_family(name: str, loop: str) -> None:
+            on = f" ({loop})" if FAMILIES[name].loop_matters else ""
+            show(f"{FAMILIES[name].title}{on}", next(begun))
+
+        yield on_family
 
 
 def render(report: Report) -> Iterator[RenderableType]:

@@ -13,13 +13,15 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .progress import working
+
 if TYPE_CHECKING:
     from ..checkpoint import CheckpointInfo
 
 __all__ = ["as_dict", "checkpoint", "render"]
 
 
-@click.group()
+@click.group(epilog="Example: kvmaio checkpoint info booted.ckpt")
 def checkpoint() -> None:
     """Look at checkpoint files."""
 
@@ -35,7 +37,8 @@ def info(file: str, quick: bool, as_json: bool) -> int:
     """
     from ..checkpoint import inspect  # here, as no other command needs its libraries
 
-    found = inspect(file, verify=not quick)
+    with working(f"checking {click.format_filename(file)}") as progress:
+        found = inspect(file, verify=not quick, progress=progress)
     if as_json:
         click.echo(json.dumps(as_dict(found), indent=2))
         return 0

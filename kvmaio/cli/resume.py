@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import click
@@ -9,9 +10,10 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..machine import Machine
+from .progress import working
 from .reports import say
 
-__all__ = ["BOARD_FROM_CHECKPOINT", "check_board", "save"]
+__all__ = ["BOARD_FROM_CHECKPOINT", "check_board", "load", "save"]
 
 BOARD_FROM_CHECKPOINT = (
     *("image", "kind", "mode", "address", "memory", "vcpus", "irqchip", "append", "initrd"),
@@ -33,12 +35,31 @@ def check_board(path: str, checkpoint: Checkpoint) -> bool:
     return "rtc" in devices
 
 
+def load(path: str) -> Checkpoint:
+    """The checkpoint in a file."""
+    with working(f"loading {click.format_filename(path)}") as progress:
+        return Checkpoint.load(path, progress=progress)
+
+
 async def save(machine: Machine, path: str) -> None:
     """Take a checkpoint of how it is now, and say so."""
-    checkpoint = await machine.checkpoint()
-    checkpoint.save(path)
+    try:
+        with working("taking a checkpoint", _end_if_cancelled) as progress:
+            checkpoint = await machine.checkpoint(progress=progress)
+        with working(f"saving {click.format_filename(path)}", _end_if_cancelled) as progress:
+            checkpoint.save(path, progress=progress)
+    except asyncio.CancelledError:
+        say(f"{click.format_filename(path)} is not saved")
+        raise
     size = os.stat(path).st_size
     say(
         f"saved {click.format_filename(path)} ({size / (1 << 20):.1f} MiB); "
         f"`kvmaio run --from {click.format_filename(path)}` goes on from here"
     )
+
+
+def _end_if_cancelled() -> None:
+    # Ctrl-C cancels the task, which learns of it only at an await; and here is none.
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -25,7 +25,7 @@ from .image import KINDS, PC_KINDS, ImageChoice, read_image
 from .live import live
 from .repeat import Repeat
 from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, show_statistics
-from .resume import BOARD_FROM_CHECKPOINT, check_board, save
+from .resume import BOARD_FROM_CHECKPOINT, check_board, load, save
 
 __all__ = ["run"]
 
@@ -295,7 +295,7 @@ def run(
         pc = found in PC_KINDS
         irqchip = irqchip or (_pc_irqchip(others["cpu"]) if pc else "none")
     else:
-        saved = Checkpoint.load(from_)
+        saved = load(from_)
         pc = check_board(from_, saved)
         shape = saved.shape
         irqchip = shape.irqchip or "none"
