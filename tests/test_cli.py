@@ -16,8 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from kvmaio.bench import FAMILIES
+from kvmaio.cli import commands
 from tests.plugin_summary import why_not_soft
 
 KVMAIO = Path(sys.executable).parent / "kvmaio"
@@ -598,12 +602,43 @@ def test_an_image_from_the_terminal_is_refused():
 # ---- the other commands ----------------------------------------------------------------
 
 
-@ONCE
-@pytest.mark.parametrize("command", [(), ("run",), ("demo",), ("doctor",)])
-def test_help_has_an_example(command):
-    result = kvmaio(*command, "--help")
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert b"Example" in result.stdout
+def every_command(group: click.Group = commands, path: tuple[str, ...] = ()) -> list[str]:
+    """All commands and groups, as they are typed."""
+    found = [" ".join(path)]
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += every_command(command, (*path, name))
+        else:
+            found.append(" ".join((*path, name)))
+    return found
+
+
+@pytest.mark.parametrize("command", every_command())
+def test_help_has_an_example_and_a_wrong_option_a_hint(command):
+    helped = CliRunner().invoke(commands, [*command.split(), "--help"], prog_name="kvmaio")
+    assert helped.exit_code == 0
+    assert re.search(rf"Example(s:\n|:) +kvmaio {command}", helped.output)
+    wrong = CliRunner().invoke(commands, [*command.split(), "--hlp"], prog_name="kvmaio")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert f"Try '{' '.join(('kvmaio', *command.split()))} --help'" in wrong.stderr
+    assert re.search(r"No such option '--hlp'\..*'--help'", wrong.stderr)
+
+
+def test_wrong_names_get_a_hint():
+    for arguments, hint in {
+        ("rnu",): "Did you mean 'run'?",
+        ("checkpoint", "inf"): "Did you mean 'info'?",
+        ("bench", "exit"): "'exit' is none of exits, compute,",
+        ("registers", "nowhere:Uart"): "No module named 'nowhere'",
+        ("run", "--timeot", "3", "x.bin"): "'--timeout'",
+    }.items():
+        result = CliRunner().invoke(commands, arguments)
+        assert (result.exit_code, hint in result.stderr) == (2, True), result.stderr
+
+
+def test_the_help_of_bench_names_every_benchmark():
+    text = CliRunner().invoke(commands, ["bench", "--help"]).output
+    assert [name for name in FAMILIES if not re.search(rf"\b{name}\b", text)] == []
 
 
 @ONCE

@@ -48,8 +48,8 @@ def bench(
 ) -> int:
     """Measure what exits, timers, kicks and machines cost here.
 
-    NAME is one of exits, compute, posted, timers, kicks, latency, scale, machines and
-    peers; by default all of them.
+    NAME is one of exits, compute, posted, timers, kicks, latency, scale, machines,
+    tracing, checkpoints, soft and peers; by default all of them.
 
     Each figure is a median of rounds in which a variant and its reference take turns; its
     quartiles stand beside it. Other programs disturb it nevertheless.
