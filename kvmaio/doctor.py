@@ -14,12 +14,15 @@ import stat
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from .loops import run
 from .trials import Measurement, ModeResult, try_guests
+
+if TYPE_CHECKING:
+    from .kvm.promotion import Costs
 
 __all__ = ["Capability", "Report", "Tool", "examine", "why_no_guest"]
 
@@ -71,6 +74,7 @@ class Report:
         cpu: what ``cpu="auto"`` is here, ``kvm`` or ``soft``.
         choice: why that, and what follows from it.
         kind: ``VMX``, ``SVM``, ``PVM`` or ``unknown``.
+        nested: this host is itself a virtual machine.
         run_timer: what ends a timed run, and why that.
         instructions: whether a guest's instructions can be counted.
     """
@@ -79,6 +83,7 @@ class Report:
     cpu: str = ""
     choice: str = ""
     kind: str = "unknown"
+    nested: bool = False
     api_version: int | None = None
     max_vcpus: int | None = None
     device: str = ""
@@ -150,7 +155,8 @@ def examine() -> Report:
     report.cpu, report.choice = _choice(usable(), why_not())
     if report.cpu == "kvm":
         _look_at_kvm(report)
-    report.modes, report.costs = run(try_guests())
+    report.modes, costs = run(try_guests())
+    report.costs = [*costs, *report.costs]
     if not report.can_run:
         report.problem = f"no guest runs: {report.modes[0].problem}"
     return report
@@ -159,12 +165,14 @@ def examine() -> Report:
 def _look_at_kvm(report: Report) -> None:
     from .kvm._native import lib
     from .kvm.counters import instruction_counting
-    from .kvm.host import Kvm
+    from .kvm.host import Kvm, is_virtual
+    from .kvm.promotion import Costs
     from .kvm.run_timer import chosen_timer
 
     timer = chosen_timer()
     report.run_timer = f"{timer.name}, from {timer.resolution_ns / 1e3:.0f} µs on: {timer.reason}"
     report.instructions = instruction_counting().reason
+    report.nested = is_virtual()
     with Kvm.open() as kvm:
         report.api_version = lib.KVM_API_VERSION
         report.max_vcpus = kvm.capability(lib.KVM_CAP_MAX_VCPUS)
@@ -173,6 +181,17 @@ def _look_at_kvm(report: Report) -> None:
             for name, purpose in _CAPABILITIES
             if (number := getattr(lib, f"KVM_CAP_{name}", None)) is not None
         ]
+        report.costs.append(_cost_of_moving(Costs.measured(kvm)))
+
+
+def _cost_of_moving(costs: Costs) -> Measurement:
+    often = "as often as it pays" if costs.moves_are_cheap else "once, at the most"
+    return Measurement(
+        "move",
+        round(costs.move_ns / 1e3, 1),
+        "by how much an exit is dearer once a vCPU goes on in another thread; so one that exits "
+        f"often moves to the event loop's thread, and back, {often}",
+    )
 
 
 # ---- looking -----------------------------------------------------------------------

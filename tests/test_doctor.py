@@ -15,6 +15,7 @@ import kvmaio.soft.loader
 from kvmaio import doctor
 from kvmaio.cli.doctor import render
 from kvmaio.doctor import Capability, Report, Tool
+from kvmaio.kvm.promotion import Costs
 from kvmaio.trials import Measurement, ModeResult
 
 KVMAIO = Path(sys.executable).parent / "kvmaio"
@@ -40,8 +41,9 @@ def test_json_has_every_fact_of_this_host():
     assert facts["api_version"] == 12
     assert facts["kind"] in ("VMX", "SVM", "PVM")
     assert [mode["mode"] for mode in facts["modes"]] == MODES
-    assert [cost["name"] for cost in facts["costs"]] == ["exit", "device", "kick"]
-    assert all(cost["microseconds"] > 0 for cost in facts["costs"])
+    assert facts["nested"] == kvmaio.kvm.host.is_virtual()
+    assert [cost["name"] for cost in facts["costs"]] == ["exit", "device", "kick", "move"]
+    assert all(cost["microseconds"] > 0 for cost in facts["costs"][:3])
     assert {"IRQCHIP", "READONLY_MEM"} <= {
         capability["name"] for capability in facts["capabilities"]
     }
@@ -93,9 +95,17 @@ def test_without_its_c_core_it_says_what_to_do(monkeypatch):
     assert "install kvmaio with a C compiler" in report.problem
 
 
+def test_a_move_is_told_with_what_follows():
+    dear, cheap = Costs(8_000, 16_000_000), Costs(8_000, 500)
+    assert doctor._cost_of_moving(dear).microseconds == 16_000
+    assert doctor._cost_of_moving(dear).meaning.endswith("and back, once, at the most")
+    assert doctor._cost_of_moving(cheap).meaning.endswith("and back, as often as it pays")
+
+
 def test_every_lack_has_its_words():
     report = Report(
         kind="VMX",
+        nested=True,
         api_version=12,
         max_vcpus=8,
         modes=[
@@ -108,6 +118,7 @@ def test_every_lack_has_its_words():
     )
     text = words(report)
     for expected in (
+        "hardware virtualisation by Intel; nested: this host is itself a virtual machine",
         "real16 emulated, 1.5 M insn/s boot code",
         "user64 fails: KVM_RUN: Invalid argument",
         "kick not measured: no result in 2 s",

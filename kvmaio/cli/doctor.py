@@ -80,7 +80,8 @@ def _facts(report: Report) -> Table:
     table = _table("KVM", "name", "fact")
     if report.choice:
         table.add_row('cpu="auto"', report.choice)
-    table.add_row("kind", f"{report.kind}: {_KINDS[report.kind]}")
+    nested = "; nested: this host is itself a virtual machine" if report.nested else ""
+    table.add_row("kind", f"{report.kind}: {_KINDS[report.kind]}{nested}")
     table.add_row("/dev/kvm", report.device)
     table.add_row("you", report.user)
     if report.api_version is not None:
@@ -115,7 +116,7 @@ def _costs(report: Report) -> Table:
 def _microseconds(cost: Measurement) -> str:
     if cost.microseconds is None:
         return f"not measured: {cost.problem}"
-    return f"{cost.microseconds:.0f} µs"
+    return f"{cost.microseconds:,.0f} µs"
 
 
 def _capabilities(report: Report) -> Table:

@@ -17,7 +17,7 @@ from ._native import ffi, lib
 from .cpuid import CpuidEntry, read_entries
 from .gate import check, host_error
 
-__all__ = ["Kvm", "check", "kvm_kind", "usable"]
+__all__ = ["Kvm", "check", "is_virtual", "kvm_kind", "usable"]
 
 DEVICE = "/dev/kvm"
 
@@ -167,6 +167,11 @@ def kvm_kind(modules: Path = Path("/sys/module"), cpuinfo: Path = Path("/proc/cp
         flags = _cpu_flags(cpuinfo)
         present = [kind for kind in present if _CPU_FLAGS.get(kind, "") in flags | {""}]
     return present[0] if len(present) == 1 else "unknown"
+
+
+def is_virtual(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Is this host itself a virtual machine, as its processor tells? Then KVM here is nested."""
+    return "hypervisor" in _cpu_flags(cpuinfo)
 
 
 def _cpu_flags(cpuinfo: Path) -> set[str]:
