@@ -24,6 +24,11 @@ PROMISED = {
         it ended with      Halted\(\)
         it took            22 exits: 21 I/O, 1 halt
     """,
+    "cosimulate": r"""
+        ( \d0 min  (19|20)\.\d degrees
+        ){6}Stopped\(reason='an hour is over'\): 360 steps, the heater was on in \d+ of them
+        an hour in less than a minute: True
+    """,
     "countdown_timer": r"""
         (\d+\.\d\d s  \*
         ){5}Halted\(\): 5 interrupts woke the guest, \d halts
