@@ -32,9 +32,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 OUTPUT = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIME_LIMIT_S = 250
 
-SHOWN = {"text", "mermaid"}
+SHOWN = {"text", "mermaid", "console"}
 """Blocks in these languages are drawings, transcripts and outputs; all others run."""
-RUN_ELSEWHERE = {"py": "test_pytest_plugin.py"}
+RUN_ELSEWHERE = {"py": "test_tutorial.py and test_pytest_plugin.py"}
+TUTORIAL = ROOT / "docs/tutorial.md"  # test_tutorial.py
 INTERACTIVE = {"gdb": "needs somebody at a keyboard; tests/gdb have GDB in batch mode"}
 
 
@@ -119,7 +120,7 @@ PAGES_IN_BLOCKS = Sybil(
 def blocks(language: str) -> list[Any]:
     """The blocks in a language; `<!-- skip: next "why" -->` before one skips it."""
     found = []
-    for page in PAGES:
+    for page in (page for page in PAGES if page != TUTORIAL):
         document = PAGES_IN_BLOCKS.parse(page)
         for example in document.examples():
             marks = []
@@ -159,7 +160,7 @@ def test_every_block_runs_or_is_only_shown():
     languages = {
         language
         for page in PAGES
-        for language in re.findall(r"^```(.+)$", page.read_text(), re.MULTILINE)
+        for language in re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)
     }
     assert languages == {"python", "sh", *SHOWN, *RUN_ELSEWHERE}
 
