@@ -32,7 +32,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 OUTPUT = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIME_LIMIT_S = 250
 
-SHOWN = {"text", "mermaid", "console"}
+SHOWN = {"text", "console"}
 """Blocks in these languages are drawings, transcripts and outputs; all others run."""
 RUN_ELSEWHERE = {"py": "test_tutorial.py and test_pytest_plugin.py"}
 TUTORIAL = ROOT / "docs/tutorial.md"  # test_tutorial.py
@@ -194,6 +194,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "reference/machine/index.html").read_text()
     assert "Run every vCPU until the guest or somebody else ends the run." in page
+    examples = (tmp_path / "examples/index.html").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f'<h2 id="{path.stem}">' in examples
+    assert '<a href="../examples/#two_guests_link">' in (tmp_path / "time/index.html").read_text()
 
 
 def test_every_page_is_in_the_contents():
