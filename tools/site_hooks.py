@@ -1,4 +1,4 @@
-"""mkdocs' hooks: the examples as a page of the site, and links to them."""
+"""mkdocs' hooks: the examples as a page of the site, with links to them; docstrings' ``::``."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Links into the repository lead to that page."""
     return LINK.sub(lambda found: f"]({PAGE}{f'#{found[1]}' if found[1] else ''})", markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """In docstrings, ``::`` announces a code block; in Markdown, nothing has to."""
+    return html.replace("<p>::</p>\n", "").replace(
+        '::</p>\n<div class="highlight">', ':</p>\n<div class="highlight">'
+    )
