@@ -24,6 +24,7 @@ from kvmaio.trace import (
     KINDS,
     AccessRecord,
     AlarmRecord,
+    ChromeTrace,
     DrainRecord,
     ExitRecord,
     Filter,
@@ -337,6 +338,33 @@ def test_a_file_is_of_use_even_if_the_process_was_killed(tmp_path):
         text = text[: text.rindex(",\n")] + "]"
     check_trace_events(json.loads(text))
     assert len(text) > 50_000
+
+
+@pytest.mark.kvm
+async def test_whatever_a_kill_leaves_of_a_write_only_the_last_line_is_damaged(machine, tmp_path):
+    """A kill may leave any beginning of a write, over the end of what was there."""
+    file = tmp_path / "run.json"
+    trace = ChromeTrace(file)
+    trace.begin(machine)
+    begun_ns = machine.clock.now_ns
+    trace(LineRecord(begun_ns, "irq1", True))
+    trace._write()
+    before = file.read_bytes()
+    for late_ns in (2000, 3000):
+        trace(LineRecord(begun_ns + late_ns, "irq1", False))
+    trace._write()
+    after = file.read_bytes()
+    trace.close()
+    whole, earlier = json.loads(after), json.loads(before)
+    check_trace_events(whole)
+    first = before.rindex(b"\n]\n")  # which the write begins with
+    for written in range(first, len(after)):
+        left = (after[:written] + before[written:]).decode()
+        try:
+            events = json.loads(left)
+        except json.JSONDecodeError:  # as docs/traces.md says
+            events = json.loads(left[: left.rindex(",\n")] + "]")
+        assert events == whole[: len(events)] and len(events) >= len(earlier) - 1
 
 
 @pytest.mark.kvm
