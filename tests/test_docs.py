@@ -36,7 +36,8 @@ TIME_LIMIT_S = 250
 
 SHOWN = {"text", "console"}
 """Blocks in these languages are drawings, transcripts and outputs; all others run."""
-RUN_ELSEWHERE = {"py": "test_tutorial.py and test_pytest_plugin.py"}
+RUN_ELSEWHERE = {"py", "ini"}
+"""By test_tutorial.py and test_pytest_plugin.py."""
 TUTORIAL = ROOT / "docs/tutorial.md"  # test_tutorial.py
 INTERACTIVE = {"gdb": "needs somebody at a keyboard; tests/gdb have GDB in batch mode"}
 

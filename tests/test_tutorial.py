@@ -35,7 +35,7 @@ class Reader:
 
     def read(self, language: str, title: str | None, text: str) -> None:
         match language:
-            case "py":
+            case "py" | "ini":
                 assert title is not None
                 (self.folder / title).write_text(text)
                 self.did.append(title)
@@ -78,6 +78,6 @@ def test_the_tutorial_does_what_it_says(tmp_path):
     assert reader.did == [
         "kvmaio doctor",
         *("guest.py", "python guest.py", "dice.py", "python dice.py"),
-        *("throw.py", "python throw.py", "test_dice.py", "pytest -q test_dice.py"),
+        *("throw.py", "python throw.py", "pytest.ini", "test_dice.py", "pytest -q test_dice.py"),
         *("forgotten.py", "python forgotten.py"),
     ]
