@@ -252,11 +252,21 @@ class KvmCpu:
 
     def still_waiting(self) -> None:
         """Called between waits on the loop's thread: a quiet guest moves back out."""
-        if self._promotion.is_quiet(self.handle.inside_ns):
+        residents = self._residents
+        assert residents is not None
+        if self._promotion.is_quiet(self.handle.inside_ns, residents.count):
             self._move_out()
 
     def _may_move_in(self) -> bool:
-        if not self._hub.has_room() or not self._promotion.exits_often(self.handle.inside_ns):
+        hub, promotion, handle = self._hub, self._promotion, self.handle
+        has_room = hub.has_room()
+        if not has_room and not hub.costs.moves_are_cheap:
+            return False
+        # Beside a local APIC of KVM's, a guest that halts waits within KVM: that is no work.
+        worked_ns = None if self.has_lapic else handle.executed_ns
+        if not promotion.exits_often(handle.inside_ns, worked_ns):
+            return False
+        if not has_room and not promotion.storms:
             return False
         residents = self._hub.residents
         residents.move_in(self)

@@ -85,7 +85,7 @@ class Hub:
         return self._residents
 
     def has_room(self) -> bool:
-        """May one more vCPU live on this loop's thread?"""
+        """May one more vCPU live on this loop's thread, if it exits often?"""
         return self._residents is None or self._residents.has_room()
 
     @property

@@ -62,6 +62,9 @@ OFTEN_WITHIN_NS = 10_000_000
 """So many exits within so much of the guest's time and its devices' are often ..."""
 USUAL_EXIT_NS = 10_000
 """... where an exit costs no more than this; where it does, more time by as much."""
+STORM_WITHIN_NS = 1_500_000
+"""So many within so much work of the guest's are a storm: whatever else would run it meanwhile,
+the changes of threads would take longer than the guest."""
 QUIET_NS = 50_000_000
 CERTAIN = 20
 """Where there is no way back in, a guest must have been quiet for so many times as long: an
@@ -75,6 +78,10 @@ class Promotion:
     The first move in comes at once, and so does the first one out. After these,
     moves are for hosts on which they are cheap, and even there at most one
     every 200 ms.
+
+    Attributes:
+        moves: how many there have been.
+        storms: its last exits, when there were enough of them, came as a storm.
     """
 
     __slots__ = (
@@ -84,7 +91,9 @@ class Promotion:
         "_last_move_ns",
         "_left_ns",
         "_slow_exit_ns",
+        "_worked_ns",
         "moves",
+        "storms",
     )
 
     def __init__(self, costs: Costs) -> None:
@@ -92,15 +101,17 @@ class Promotion:
         self._slow_exit_ns = max(costs.exit_ns, USUAL_EXIT_NS)
         self._count = 0
         self._busy_ns = 0
+        self._worked_ns = 0
         self._left_ns = 0
         self._last_move_ns = 0
         self.moves = 0
+        self.storms = False
 
     def left(self) -> None:
         """The guest was left; now its exit is served, until it is entered again."""
         self._left_ns = time.monotonic_ns()
 
-    def exits_often(self, inside_ns: int) -> bool:
+    def exits_often(self, inside_ns: int, worked_ns: int | None = None) -> bool:
         """Called once per entry on the native thread: should it move in?
 
         The time in the guest and that of its devices count. What the changes of threads
@@ -108,27 +119,32 @@ class Promotion:
 
         Args:
             inside_ns: how long it was in its guest before the last exit.
+            worked_ns: how much of that the guest was executed; None if that is unknown. The rest
+                it has waited, for a processor or within KVM.
         """
         now_ns = time.monotonic_ns()
         self._count += 1
         self._busy_ns += inside_ns
+        self._worked_ns += inside_ns if worked_ns is None else worked_ns
         if self._left_ns:
             self._busy_ns += now_ns - self._left_ns
             self._left_ns = 0
         if self._count < OFTEN_EXITS:
             return False
         often = self._busy_ns * USUAL_EXIT_NS < OFTEN_WITHIN_NS * self._slow_exit_ns
-        self._count = self._busy_ns = 0
-        return often and self._may_move(now_ns)
+        self.storms = self._worked_ns * USUAL_EXIT_NS < STORM_WITHIN_NS * self._slow_exit_ns
+        self._count = self._busy_ns = self._worked_ns = 0
+        return (often or self.storms) and self._may_move(now_ns)
 
-    def is_quiet(self, inside_ns: int) -> bool:
+    def is_quiet(self, inside_ns: int, crowd: int = 1) -> bool:
         """Called between waits on the loop's thread: should it move out?
 
         Args:
             inside_ns: how long it has been in its guest without an exit. Not how long ago
                 the last exit was: a loop that was busy with something else is no reason.
+            crowd: how many live on the loop's thread: in company, less patience is due.
         """
-        return inside_ns > self.quiet_ns and self._may_move(time.monotonic_ns())
+        return inside_ns > self.quiet_ns // crowd and self._may_move(time.monotonic_ns())
 
     @property
     def quiet_ns(self) -> int:
@@ -139,7 +155,7 @@ class Promotion:
         """It has moved, in or out."""
         self.moves += 1
         self._last_move_ns = time.monotonic_ns()
-        self._count = self._busy_ns = self._left_ns = 0
+        self._count = self._busy_ns = self._worked_ns = self._left_ns = 0
 
     def _may_move(self, now_ns: int) -> bool:
         if self.moves < 2:

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["Residents"]
 
 MOST = 2
-"""Two share the thread well; more would rather use the other cores."""
+"""Two share the thread well; more would rather use the other cores, unless they storm."""
+
+LEAST_BUDGET_NS = 400_000
+"""In a crowd each has a smaller budget, so that nobody's turn is long in coming; but some exits
+must fit into it."""
 
 SLICE_NS = 200_000
 """A run that nobody watches: so late can the loop be for something that came meanwhile."""
@@ -60,6 +64,7 @@ class Residents:
 
     def __init__(self, hub: Hub, costs: Costs) -> None:
         self._loop = hub.loop
+        self._costs = costs
         found = getattr(hub.loop, "_selector", None)
         selector = found if isinstance(found, selectors.EpollSelector) else None
         shortest_ns = UNWATCHED_SLICE_NS if selector is None else SLICE_NS
@@ -86,13 +91,13 @@ class Residents:
         return self._turns.__class__.__doc__ or ""
 
     def has_room(self) -> bool:
-        """May one more move in?"""
+        """May one more move in that only exits often?"""
         return self.count < MOST
 
     def move_in(self, cpu: KvmCpu) -> None:
         """From now on the loop's thread runs `cpu`."""
         check(lib.kvmaio_resident_adopt(self.handle, cpu.handle), "KVM_SET_SIGNAL_MASK")
-        self.count += 1
+        self._share(self.count + 1)
 
     def move_out(self, cpu: KvmCpu) -> None:
         """Back to its native thread; a run that waits goes on there."""
@@ -106,9 +111,14 @@ class Residents:
         check(lib.kvmaio_resident_release(handle), "KVM_SET_SIGNAL_MASK")
 
     def _leave(self, cpu: KvmCpu) -> None:
-        self.count -= 1
+        self._share(self.count - 1)
         if cpu in self.waiting:
             self.waiting.remove(cpu)
+
+    def _share(self, count: int) -> None:
+        self.count = count
+        least_ns = max(LEAST_BUDGET_NS, SLICE_EXITS * self._costs.exit_ns)
+        self.handle.budget_ns = max(least_ns, 2 * self._costs.budget_ns // max(count, 2))
 
     def park(self, cpu: KvmCpu) -> None:
         """`cpu` waits for the loop's thread to have time for it."""

@@ -95,7 +95,7 @@ async def test_interrupts_of_two_vectors_are_both_delivered(boot):
 @pytest.mark.kvm
 async def test_interrupts_switched_on_by_an_edit_wake_a_halted_guest(boot):
     """IF counts as it is now, not as the last exit left it."""
-    machine = boot(*HANDLERS, "cli", "hlt", "hlt", *REPORTS)
+    machine = boot(*HANDLERS, "cli", "hlt", "wait: hlt", "jmp wait", *REPORTS)
     (vcpu,) = machine.vcpus
     device = machine.attach(Diary(), pio=0x10)
     async with deadline():

@@ -1,19 +1,30 @@
 """Where a vCPU lives: the policy alone, with scripted costs and times, and what it is fed."""
 
+import asyncio
 import itertools
 import signal
 import threading
 import time
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
 
 import pytest
 
-from kvmaio.kvm import promotion
+from kvmaio.kvm import promotion, resident
 from kvmaio.kvm._native import ffi, lib
 from kvmaio.kvm.gate import check
 from kvmaio.kvm.host import Kvm
+from kvmaio.kvm.hub import Hub
 from kvmaio.kvm.promotion import Costs, Promotion
-from tests.resident.guests import COMPUTING, PATIENCE, STORMING, SVMLAB, machine_with, run_on
+from tests.resident.guests import (
+    COMPUTING,
+    PATIENCE,
+    STORMING,
+    SVMLAB,
+    cpu_of,
+    machine_with,
+    run_on,
+)
 
 US, MS = 1_000, 1_000_000
 PERIOD_S = 0.02 if SVMLAB else 0.0002
@@ -233,3 +244,50 @@ def test_signals_do_not_make_an_exit_look_cheap():
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
     assert disturbed_ns > quiet_ns / 2
+
+
+# ---- storms ------------------------------------------------------------------------------------
+
+
+def test_work_between_exits_tells_a_storm_from_a_guest_that_has_to_wait():
+    policy = Promotion(CHEAP)
+    for _ in range(promotion.OFTEN_EXITS - 1):
+        assert not policy.exits_often(5 * MS, 10 * US)
+    assert policy.exits_often(5 * MS, 10 * US)  # kept waiting, by other threads
+    assert policy.storms
+    for _ in range(promotion.OFTEN_EXITS - 1):
+        policy.exits_often(100 * US, 100 * US)
+    assert policy.exits_often(100 * US, 100 * US)
+    assert not policy.storms  # it computes as well
+
+
+def test_in_company_less_patience_is_due():
+    policy = Promotion(CHEAP)
+    assert not policy.is_quiet(policy.quiet_ns)
+    assert policy.is_quiet(policy.quiet_ns // 10 + 1, crowd=10)
+
+
+@pytest.mark.timeout(60 * PATIENCE)
+def test_all_that_storm_share_the_loops_thread_where_moves_are_cheap():
+    async def main():
+        async with AsyncExitStack() as stack:
+            machines = [await stack.enter_async_context(machine_with(STORMING)) for _ in range(5)]
+            hub = Hub.acquire()
+            stack.callback(hub.release)
+            runs = [asyncio.ensure_future(machine.run()) for machine in machines]
+            most = 5 if hub.costs.moves_are_cheap else resident.MOST
+            async with asyncio.timeout(20 * PATIENCE):
+                while sum(cpu_of(machine).is_resident for machine in machines) < most:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            exits = [machine.vcpus[0].stats.numIO for machine in machines]
+            async with asyncio.timeout(20 * PATIENCE):
+                while not all(  # noqa: ASYNC110
+                    machine.vcpus[0].stats.numIO > before + 100
+                    for machine, before in zip(machines, exits, strict=True)
+                ):
+                    await asyncio.sleep(0.001)
+            for machine in machines:
+                machine.stop()
+            await asyncio.wait(runs)
+
+    run_on("asyncio", main())

@@ -326,7 +326,7 @@ def test_a_storm_gives_the_loop_its_turns(loop_kind, eager):
 
 
 def test_one_wakeup_serves_a_batch(loop_kind, monkeypatch):
-    monkeypatch.setattr(resident, "MOST", 0)  # all on their own threads
+    monkeypatch.setattr(promotion, "OFTEN_EXITS", 1 << 62)  # all on their own threads
     count, batch = (10, 2) if SVMLAB else (50, 5)
 
     async def main():
