@@ -76,13 +76,12 @@ static void withdraw(void)
 }
 
 /* KVM_RUN, announced before; an outcome, or KVMAIO_LATER where it was interrupted.
- * COARSE: the time inside counts as executed. EXACT: only what this thread worked, as a
+ * `started_ns` is now. COARSE: the time inside counts as executed. EXACT: only what this thread worked, as a
  * halted guest waits inside of KVM; that clock is a system call, too dear for each exit. */
-static int enter(kvmaio_vcpu *vcpu, int half, enum clocks clocks)
+static int enter_at(kvmaio_vcpu *vcpu, int half, enum clocks clocks, int64_t started_ns)
 {
 	struct kvm_run *page = vcpu->page;
 	int64_t worked_ns = clocks == EXACT ? clock_ns(CLOCK_THREAD_CPUTIME_ID) : 0;
-	int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
 	if (half)
 		page->immediate_exit = 1;
 	int error;
@@ -105,6 +104,11 @@ static int enter(kvmaio_vcpu *vcpu, int half, enum clocks clocks)
 	if (error != EINTR && error != EAGAIN)
 		return -error;
 	return half ? KVMAIO_INTERRUPTED : KVMAIO_LATER;
+}
+
+static int enter(kvmaio_vcpu *vcpu, int half, enum clocks clocks)
+{
+	return enter_at(vcpu, half, clocks, clock_ns(CLOCK_MONOTONIC));
 }
 
 static int is_kicked(kvmaio_vcpu *vcpu)
@@ -198,11 +202,12 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	    !pthread_equal(resident->thread, pthread_self()))
 		return KVMAIO_LATER;
 	announce(vcpu);
-	if (is_past(resident->budget_end_ns)) { /* and so before the timer, too */
+	const int64_t now_ns = clock_ns(CLOCK_MONOTONIC);
+	if (now_ns >= resident->budget_end_ns) { /* and so before the timer, too */
 		withdraw();
 		return KVMAIO_LATER;
 	}
-	int outcome = enter(vcpu, is_kicked(vcpu), COARSE);
+	int outcome = enter_at(vcpu, is_kicked(vcpu), COARSE, now_ns);
 	if (outcome == KVMAIO_EXIT) {
 		resident->hits++;
 		resident->inlined++;
