@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "_internal.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -103,6 +104,9 @@ int kvmaio_hub_create(kvmaio_hub **out)
 	kvmaio_hub *hub = calloc(1, sizeof *hub);
 	if (!hub)
 		return -ENOMEM;
+	cpu_set_t processors;
+	if (sched_getaffinity(0, sizeof processors, &processors) == 0)
+		hub->spare_processors = CPU_COUNT(&processors) - 1;
 	hub->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (hub->fd < 0) {
 		int error = errno;
@@ -249,13 +253,43 @@ static void execute(kvmaio_vcpu *vcpu)
 	atomic_store(&vcpu->ended, run_id);
 }
 
+/* An answer that comes soon is waited for without sleep, as being woken on another processor
+ * takes longer than many a handler. Only where each thread that is awake, and the loop's, has
+ * a processor, and as long as it pays. */
+#define SPIN_NS 60000
+#define WASTED_ALLOWED 2
+#define SPIN_RETRY 64
+
+static void spin_for_command(kvmaio_vcpu *vcpu)
+{
+	if (atomic_load(&vcpu->hub->awake) > vcpu->hub->spare_processors)
+		return;
+	if (vcpu->wasted_spins > WASTED_ALLOWED && ++vcpu->spin_tries % SPIN_RETRY)
+		return;
+	const int64_t until_ns = clock_ns(CLOCK_MONOTONIC) + SPIN_NS;
+	vcpu->wasted_spins++;
+	do {
+		for (int i = 0; i < 50; i++) {
+			if (atomic_load(&vcpu->command) != IDLE) {
+				vcpu->wasted_spins = 0;
+				return;
+			}
+			__builtin_ia32_pause();
+		}
+	} while (clock_ns(CLOCK_MONOTONIC) < until_ns);
+}
+
 static uint32_t wait_for_command(kvmaio_vcpu *vcpu)
 {
 	uint32_t command;
+	if (vcpu->run_id)
+		spin_for_command(vcpu);
 	while ((command = atomic_load(&vcpu->command)) == IDLE) {
+		atomic_fetch_sub(&vcpu->hub->awake, 1);
 		atomic_store(&vcpu->asleep, 1);
 		futex_wait(&vcpu->command, IDLE, NULL);
 		atomic_store(&vcpu->asleep, 0);
+		atomic_fetch_add(&vcpu->hub->awake, 1);
 	}
 	return command;
 }
@@ -264,6 +298,7 @@ static void *thread_main(void *argument)
 {
 	kvmaio_vcpu *vcpu = argument;
 	vcpu->tid = (pid_t)syscall(SYS_gettid);
+	atomic_fetch_add(&vcpu->hub->awake, 1);
 	atomic_store(&vcpu->command, IDLE);
 	futex_wake(&vcpu->command);
 	while (wait_for_command(vcpu) == GO) {
@@ -279,6 +314,7 @@ static void *thread_main(void *argument)
 			hub_push(vcpu->hub, vcpu);
 	}
 	kvmaio_run_timer_close(&vcpu->timer);
+	atomic_fetch_sub(&vcpu->hub->awake, 1);
 	return NULL;
 }
 

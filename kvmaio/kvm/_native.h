@@ -45,6 +45,8 @@ typedef struct kvmaio_hub {
 	_Atomic(struct kvmaio_vcpu *) arrived; /* pushed by vCPU threads, newest first */
 	struct kvmaio_vcpu *taken;             /* the loop's: oldest first */
 	uint64_t wakeups;                      /* how often the loop was woken */
+	_Atomic int awake;                     /* vCPU threads that are not asleep */
+	int spare_processors;                  /* beside the loop's */
 } kvmaio_hub;
 
 int kvmaio_hub_create(kvmaio_hub **out);
@@ -90,6 +92,7 @@ typedef struct kvmaio_vcpu {
 	/* Shared. */
 	_Atomic uint32_t command __attribute__((aligned(64)));
 	_Atomic uint32_t asleep;
+	uint32_t wasted_spins, spin_tries; /* the thread's: in a row; since they did not pay */
 	_Atomic uint64_t active; /* the run id inside KVM_RUN, 0 outside */
 	_Atomic uint64_t kicked; /* runs up to this id are to end */
 	_Atomic uint64_t ended;  /* the last run that ended: a kick is for the one behind it */
