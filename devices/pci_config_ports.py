@@ -112,7 +112,7 @@ class PciConfigPorts(Device):
             return pending
         return None
 
-    def clone(self, copies: Mapping[Device, Device]) -> Self:
+    def clone(self, copies: Mapping[Any, Any]) -> Self:
         clone = super().clone(copies)
         for where, config in self.functions.items():
             if isinstance(config, PlainConfigSpace):

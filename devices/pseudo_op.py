@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from kvmaio.device import Device
 from kvmaio.errors import ConfigurationError, GuestError
@@ -85,7 +85,7 @@ class PseudoOpWindow(Device):
         self.size = size
         self._operations: dict[int, Operation] = {}
 
-    def clone(self, copies: Mapping[Device, Device]) -> Self:
+    def clone(self, copies: Mapping[Any, Any]) -> Self:
         clone = super().clone(copies)
         clone._operations = dict(self._operations)
         return clone

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import operator
 from collections.abc import Awaitable, Mapping
 from contextlib import AbstractAsyncContextManager
+from types import MethodType
 from typing import Any, ClassVar, Self
 
 from .busy import BusySections
@@ -12,7 +16,7 @@ from .errors import ConfigurationError
 from .irq import IrqLine
 from .registers import Access, Register
 
-__all__ = ["Device"]
+__all__ = ["Device", "replaced"]
 
 
 class Device:
@@ -173,24 +177,21 @@ class Device:
         register = self._register_at(self._writers if is_write else self._readers, offset)
         return None if register is None else register.name
 
-    def clone(self, copies: Mapping[Device, Device]) -> Self:
+    def clone(self, copies: Mapping[Any, Any]) -> Self:
         """A device for a copy of the machine (`Machine.fork`), whose state follows by `load()`.
 
         By default one made with the same arguments. Extend it where a device was equipped
-        after it was made.
+        after it was made; references to the machine's other devices, its memory, buses,
+        lines and vCPUs follow by themselves.
 
         Args:
-            copies: the devices cloned before, which were attached before. An argument
-                that is one of them is replaced by its copy.
+            copies: part of the machine -> what it is in the copy. An argument that is one,
+                or has some in it (`replaced`), is replaced.
         """
         args, kwargs = self._arguments
-
-        def copied(value: Any) -> Any:
-            return copies.get(value, value) if isinstance(value, Device) else value
-
         return type(self)(
-            *(copied(value) for value in args),
-            **{key: copied(value) for key, value in kwargs.items()},
+            *(replaced(value, copies) for value in args),
+            **{key: replaced(value, copies) for key, value in kwargs.items()},
         )
 
     def _register_at(
@@ -239,6 +240,41 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+
+def replaced(value: Any, copies: Mapping[Any, Any]) -> Any:
+    """`value` with what `copies` has in place of what is in it; itself, if that is nothing.
+
+    Looks into lists, tuples, dicts, sets, methods of what was copied, and partial functions.
+    """
+    each = functools.partial(replaced, copies=copies)
+    match value:
+        case list() | set() | frozenset() | tuple():
+            items = [each(item) for item in value]
+            if all(map(operator.is_, value, items)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        case dict():
+            keys, values = [each(key) for key in value], [each(item) for item in value.values()]
+            if all(map(operator.is_, (*value, *value.values()), (*keys, *values))):
+                return value
+            copied = copy.copy(value)  # also a defaultdict
+            copied.clear()
+            copied.update(zip(keys, values, strict=True))
+            return copied
+        case MethodType():
+            owner = each(value.__self__)
+            return value if owner is value.__self__ else MethodType(value.__func__, owner)
+        case functools.partial():
+            parts = (value.func, value.args, value.keywords)
+            function, args, keywords = map(each, parts)
+            if all(map(operator.is_, parts, (function, args, keywords))):
+                return value
+            return functools.partial(function, *args, **keywords)
+    try:
+        return copies[value]
+    except (KeyError, TypeError):  # TypeError: it has no hash
+        return value
 
 
 def _table(cls: type[Device]) -> dict[int, tuple[Register[Any], ...]]:

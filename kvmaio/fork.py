@@ -7,11 +7,11 @@ import weakref
 from typing import TYPE_CHECKING
 
 from . import snapshot
+from .cloning import Copies
 from .errors import ConfigurationError
 from .memory_image import MemoryImage
 
 if TYPE_CHECKING:
-    from .device import Device
     from .machine import Machine
 
 __all__ = ["fork", "forbid_in_child"]
@@ -29,20 +29,7 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
             copy = machine.like_this(f"{machine.name}.copy{number}")
             await copy.__aenter__()
             copies.append(copy)
-            clones: dict[Device, Device] = {}
-            for name, device in machine.devices.items():
-                if name in copy.devices:  # the machine's own interrupt controllers
-                    clones[device] = copy.devices[name]
-                    continue
-                windows = [
-                    {bus.name: window.base}
-                    for bus in (machine.pio, machine.mmio)
-                    for window in bus
-                    if window.device is device
-                ]
-                place = {key: base for window in windows for key, base in window.items()}
-                clones[device] = clone = device.clone(clones)
-                copy.attach(clone, irq=machine.wiring[name], name=name, **place)
+            await _equip(copy, machine)
             copy.hypercall = machine.hypercall
             await copy.restore(checkpoint)
             machine.check_open()  # nobody would close the copies with it
@@ -50,7 +37,31 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
         for copy in copies:
             await copy.close()
         raise
+    finally:
+        del checkpoint  # an error's traceback would keep it, and so the file of its memory
     return copies
+
+
+async def _equip(copy: Machine, original: Machine) -> None:
+    """Give `copy` its own devices, at the same places and in the same order."""
+    parts = Copies(original, copy)
+    try:
+        for name, device in original.devices.items():
+            if name in copy.devices:  # the machine's own interrupt controllers
+                continue
+            place = {
+                bus.name: window.base
+                for bus in (original.pio, original.mmio)
+                for window in bus
+                if window.device is device
+            }
+            copy.attach(parts[device], irq=original.wiring[name], name=name, **place)
+        parts.wire()
+    except BaseException:
+        for name, clone in parts.clones.items():
+            if name not in copy.devices:
+                await clone.close()
+        raise
 
 
 _open: weakref.WeakSet[Machine] = weakref.WeakSet()

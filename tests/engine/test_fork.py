@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import operator
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import attrs
 import pytest
 
-from kvmaio import Device, Exited, Machine
+from kvmaio import Device, Exited, Machine, Stopped
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import ConfigurationError
+from kvmaio.memory import GuestMemory
 from tests.assembler import assemble
 from tests.engine.support import deadline, until
 from tests.leftovers import Held, no_more_than
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.kvmaio_cpu("kvm", "soft")
 
 # Waits until the port gives something else than 0, and ends with it.
 WAITING = (
@@ -47,10 +53,22 @@ class Fate(Device):
 
 
 @pytest.fixture
-async def machine() -> AsyncIterator[Machine]:
-    async with deadline(30), Machine(memory="1M", name="parent") as machine:
-        equip(machine)
-        yield machine
+async def make(kvmaio_cpu) -> AsyncIterator[Callable[..., Awaitable[Machine]]]:
+    """Makes an entered machine of this CPU model; it is closed at the end."""
+    async with deadline(30), contextlib.AsyncExitStack() as stack:
+
+        async def make(**options: Any) -> Machine:
+            machine = Machine(memory="1M", cpu=kvmaio_cpu, name="parent", **options)
+            return await stack.enter_async_context(machine)
+
+        yield make
+
+
+@pytest.fixture
+async def machine(make) -> Machine:
+    machine: Machine = await make()
+    equip(machine)
+    return machine
 
 
 def equip(machine: Machine) -> None:
@@ -81,10 +99,10 @@ async def test_copies_run_on_their_own(machine):
     assert await run == Exited(43)
 
 
-async def test_each_is_closed_alone_or_with_the_parent():
+async def test_each_is_closed_alone_or_with_the_parent(kvmaio_cpu):
     before = Held.now()
     async with deadline():
-        machine = await Machine(memory="1M", name="parent").__aenter__()
+        machine = await Machine(memory="1M", cpu=kvmaio_cpu, name="parent").__aenter__()
         equip(machine)
         one, other = await machine.fork(2)
         async with one:
@@ -98,10 +116,10 @@ async def test_each_is_closed_alone_or_with_the_parent():
     no_more_than(before)
 
 
-async def test_parent_that_closes_meanwhile_leaves_no_copies():
+async def test_parent_that_closes_meanwhile_leaves_no_copies(kvmaio_cpu):
     before = Held.now()
     async with deadline():
-        machine = await Machine(memory="1M", name="parent").__aenter__()
+        machine = await Machine(memory="1M", cpu=kvmaio_cpu, name="parent").__aenter__()
         equip(machine)
         fork = asyncio.create_task(machine.fork(3))
         await until(lambda: machine.barrier.is_down)
@@ -117,6 +135,154 @@ async def test_copies_of_copies(machine):
     (grandchild,) = await child.fork(1)
     assert grandchild.memory.read(0x6000, 5) == b"child"
     assert machine.memory.read(0x6000, 5) == bytes(5)
+
+
+class Port(Device):
+    """Counts what it is told."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> None:
+        self.count += 1
+
+    def save(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+class Driver(Device):
+    """Adds to all ports that it knows of, in whatever way."""
+
+    size = 1
+
+    def __init__(self, *known: Any, **named: Any) -> None:
+        self.known = (*known, *named.values())
+        self.later: list[Port] = []
+        self.by_place: dict[int, Port] = {}
+        self.memory: GuestMemory | None = None
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        waiting: list[Any] = [*self.known, *self.later, *self.by_place.values()]
+        while waiting:
+            match waiting.pop():
+                case Port() as port:
+                    port.add()
+                case dict() as mapping:
+                    waiting += mapping.values()
+                case list() | tuple() | set() as several:
+                    waiting += several
+                case call:
+                    call()
+        if self.memory is not None:
+            self.memory.write(0x6000, b"device")
+
+
+KNOWN = {
+    "argument": lambda port: Driver(port),
+    "keyword": lambda port: Driver(port=port),
+    "containers": lambda port: Driver([({"a": port},)]),
+    "set": lambda port: Driver({port}),
+    "method": lambda port: Driver(port.add),
+    "partial": lambda port: Driver(functools.partial(Port.add, port)),
+}
+
+
+@pytest.mark.parametrize("attached", ["earlier", "later"])
+@pytest.mark.parametrize("known", KNOWN)
+async def test_devices_that_know_each_other(make, known, attached):
+    """A copy's devices drive one another, never the original's."""
+    machine = await make()
+    port = Port()
+    driver = KNOWN[known](port)
+    places = [(driver, 0x70), (port, 0x71)]
+    for device, place in places if attached == "later" else places[::-1]:
+        machine.attach(device, pio=place)
+    (copy,) = await machine.fork(1)
+    await copy.pio.write(0x70, 1, 0)
+    assert (port.count, copy.devices["port0"].count) == (0, 1)
+    assert list(copy.devices) == list(machine.devices)
+
+
+async def test_devices_made_known_after_they_were_made(make):
+    machine = await make()
+    driver, port, other = Driver(), Port(), Port()
+    for place, device in enumerate((driver, port, other)):
+        machine.attach(device, pio=0x70 + place)
+    driver.later.append(port)
+    driver.by_place[2] = other
+    driver.memory = machine.memory
+    (copy,) = await machine.fork(1)
+    await copy.pio.write(0x70, 1, 0)
+    assert [each.count for each in (port, other)] == [0, 0]
+    assert [copy.devices[name].count for name in ("port0", "port1")] == [1, 1]
+    assert machine.memory.read(0x6000, 6) == bytes(6)
+    assert copy.memory.read(0x6000, 6) == b"device"
+
+
+async def test_parts_of_the_machine_as_arguments(make):
+    machine = await make()
+    machine.attach(Driver(functools.partial(machine.irq(5).set, True)), pio=0x70)
+    (copy,) = await machine.fork(1)
+    await copy.pio.write(0x70, 1, 0)
+    assert (machine.irq(5).level, copy.irq(5).level) == (False, True)
+
+
+async def test_devices_made_of_each_other_are_refused(make):
+    machine = await make()
+    ring: list[Driver] = []
+    ring += (one := Driver(ring), other := Driver(one))
+    machine.attach(one, pio=0x70)
+    machine.attach(other, pio=0x71)
+    before = machine.barrier.is_down
+    with pytest.raises(ConfigurationError, match=r"driver\d cannot be copied: it takes a part in"):
+        await machine.fork(1)
+    assert machine.barrier.is_down is before
+
+
+async def test_a_reference_that_cannot_be_replaced_is_refused(make):
+    @attrs.define
+    class Cable:
+        end: Port
+
+    machine = await make()
+    port = machine.attach(Port(), pio=0x71)
+    machine.attach(Driver(Cable(port)), pio=0x70)
+    with pytest.raises(ConfigurationError, match="driver0 cannot be copied: known of the copy"):
+        await machine.fork(1)
+
+
+async def test_several_vcpus(make):
+    """Each vCPU of a copy goes on where its original was."""
+    machine = await make(vcpus=2, irqchip="devices")
+    count = ("count: inc word ptr [bx]", "jmp count")
+    machine.load(Flat(assemble(("mov bx, 0x5000", *count), "real16", 0x1000), 0x1000))
+    machine.memory.write(0x2000, assemble(("mov bx, 0x5100", *count), "real16", 0x2000))
+    machine.vcpus[1].init()
+    machine.vcpus[1].start_up(2)
+
+    def counts(of: Machine) -> list[int]:
+        return [int.from_bytes(of.memory.read(at, 2), "little") for at in (0x5000, 0x5100)]
+
+    run = asyncio.create_task(machine.run())
+    await until(lambda: all(counts(machine)))
+    copies = await machine.fork(2)
+    at = [counts(copy) for copy in copies]
+    assert at[0] == at[1]
+
+    def has_gone_on(copy: Machine) -> bool:
+        return all(map(operator.ne, counts(copy), at[0]))
+
+    runs = [asyncio.create_task(copy.run()) for copy in copies]
+    for copy in copies:
+        await until(functools.partial(has_gone_on, copy))
+    for each in (machine, *copies):
+        each.stop("seen")
+    assert await asyncio.gather(run, *runs) == [Stopped("seen")] * 3
 
 
 async def test_refused_count_leaves_nothing(machine):
