@@ -160,14 +160,18 @@ def set_events(fd: int, events: bytes) -> None:
 
 
 def has_injected_event(fd: int) -> bool:
-    """Is an exception, interrupt or NMI injected or an NMI pending (gem5's archIsDrained)?"""
+    """Is an exception, interrupt or NMI injected, or an NMI about to be?
+
+    As gem5's archIsDrained, but for an NMI that waits for the end of another one's handler:
+    that may take any time, and such an NMI is state like any other.
+    """
     events = ffi.new("struct kvm_vcpu_events *")
     check(lib.kvmaio_ioctl(fd, lib.KVM_GET_VCPU_EVENTS, events), "KVM_GET_VCPU_EVENTS")
     return bool(
         events.exception.injected
         or events.interrupt.injected
         or events.nmi.injected
-        or events.nmi.pending
+        or (events.nmi.pending and not events.nmi.masked)
     )
 
 

@@ -158,6 +158,79 @@ async def test_injected_event_holds_it(monkeypatch):
         assert machine.vcpus[0].interrupts.maskable
 
 
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_injected_event_is_taken_first(boot):
+    """The same on a real CPU: the guest goes on until it is in the handler."""
+    machine = boot(
+        *("mov word ptr [0x80], offset handler", "mov word ptr [0x82], 0", "mov sp, 0x7000"),
+        *("sti", "spin: jmp spin", "handler: inc byte ptr [0x5000]", "again: jmp again"),
+    )
+    cpu = machine.vcpus[0]
+    async with deadline():
+        while not (cpu.context.rflags & 1 << 9 and cpu.model.page.ready_for_interrupt_injection):
+            await cpu.run(ticks=1_000_000)
+        cpu.model.interrupt(0x20)
+        assert cpu.model.has_injected_event()
+        handler = cpu.context.rip
+        await machine.drain()
+        assert not cpu.model.has_injected_event()
+        assert cpu.state is IDLE
+        assert (cpu.context.rsp, cpu.context.rflags & 1 << 9) == (0x7000 - 6, 0)
+        assert cpu.context.rip > handler
+        machine.resume()
+
+
+# The NMI's handler says how often it has been entered, and ends when it is told to.
+NMI_HANDLER = (
+    *("mov word ptr [8], offset handler", "mov word ptr [10], 0", "mov sp, 0x7000"),
+    *("again: cmp byte ptr [0x5002], 2", "jne again", "cli", "hlt"),
+    *("handler: inc byte ptr [0x5002]", "mov al, [0x5002]", "out 0x60, al"),
+    *("wait: cmp byte ptr [0x5000], 0", "je wait", "iret"),
+)
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.parametrize("restored", [False, True], ids=["drained", "restored"])
+async def test_nmi_that_waits_for_the_end_of_another_ones_handler(boot, restored):
+    """It is state, and no reason to wait: it is taken once, behind the IRET."""
+    machine = boot(*NMI_HANDLER)
+    diary = machine.attach(Diary(), pio=0x60)
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        await cpu.nmi()
+        await until(diary.reached(1))
+        await cpu.nmi()
+        await until(lambda: not cpu.interrupts.nmi)  # it is the CPU model's now
+        checkpoint = await machine.checkpoint(timeout=5)
+        machine.memory.write(0x5000, b"\1")
+        assert await run == Halted()
+        if restored:
+            await machine.restore(checkpoint)
+            machine.memory.write(0x5000, b"\1")
+            assert await machine.run() == Halted()
+    assert [entry[3] for entry in diary.entries] == [1, 2, 2][: 2 + restored]
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_nmi_while_drained_is_taken_afterwards(boot):
+    machine = boot(*NMI_HANDLER)
+    diary = machine.attach(Diary(), pio=0x60)
+    machine.memory.write(0x5000, b"\1")
+    cpu = machine.vcpus[0]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: cpu.inside)
+        for count in (1, 2):
+            async with machine.drained():
+                await cpu.nmi()
+                await asyncio.sleep(0)
+                assert len(diary.entries) == count - 1
+            await until(diary.reached(count))
+        assert await run == Halted()
+
+
 # ---- what arrives, or ends, meanwhile -----------------------------------------------
 
 
