@@ -24,7 +24,7 @@ from .device import Device
 from .devices import DebugExit, Uart16550
 from .lockstep import Difference, lockstep
 from .machine import Machine
-from .round_trip import LostState, check_round_trips
+from .round_trip import LostState, TellsWaits, check_round_trips
 from .strategies import BusAccess, register_accesses
 
 __all__ = [
@@ -167,12 +167,14 @@ class BusDriver(Generic[D]):
         device: the device.
         clock: its time, moved by `advance()`.
         irq: what its interrupt line did.
+        on_wait: called whenever run() waits, for whatever it is; or None.
     """
 
     def __init__(self, device: D, clock: ManualClock | None = None) -> None:
         self.device = device
         self.clock = clock or ManualClock()
         self.irq = RecordingIrq(self.clock)
+        self.on_wait: Callable[[], None] | None = None
         self._bus = Bus("bus", max(device.size, 1))
         self._task: asyncio.Task[None] | None = None
         self._reported = False
@@ -182,7 +184,7 @@ class BusDriver(Generic[D]):
         self.device.clock = self.clock
         self.device.alarm.use_clock(self.clock)
         self.device.irq.connect(self.irq)
-        self._task = asyncio.create_task(self.device.run(), name=f"{self.device.name}.run")
+        self._task = asyncio.create_task(self._activity(), name=f"{self.device.name}.run")
         await settle()
         return self
 
@@ -218,6 +220,13 @@ class BusDriver(Generic[D]):
         """Reset the device as the engine does."""
         self.device.reset()
         self.device.update()
+
+    async def _activity(self) -> None:
+        await TellsWaits(self.device.run(), self._waits)
+
+    def _waits(self) -> None:
+        if self.on_wait is not None:
+            self.on_wait()
 
     def _check(self) -> None:
         task = self._task

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvmaio import Device, Register
+from kvmaio import CheckpointError, Device, Register
 from kvmaio.devices import CountdownTimer, RtcMc146818, Uart16550
 from kvmaio.testing import LostState, check_round_trips
 
@@ -108,6 +108,166 @@ async def test_state_in_a_coroutine():
 
     with pytest.raises(LostState, match=r"saved after 500|saved after 1000 ns"):
         await check_round_trips(StuckInItsCoroutine, scenario)
+
+
+class Doubler(Device):
+    """Doubles what it is given, a millisecond later; `forgets` what it is at by then."""
+
+    value = Register(0, int)
+    result = Register(1, int)
+    forgets = True
+
+    def __init__(self) -> None:
+        self.given = asyncio.Event()
+        self.is_due = False
+
+    @value.on_write
+    def take(self, value: int) -> None:
+        self.value = value
+        self.is_due = True
+        self.given.set()
+
+    async def run(self) -> None:
+        if self.is_due:
+            self.given.set()
+        while True:
+            await self.given.wait()
+            self.given.clear()
+            if self.forgets:
+                self.is_due = False
+            self.alarm.arm(self.clock.now_ns + 1_000_000)
+            await anext(self.alarm)
+            self.is_due = False
+            self.result = 2 * self.value
+
+    def save(self) -> dict[str, bool]:
+        return {"is_due": self.is_due}
+
+    def load(self, state: dict[str, bool]) -> None:
+        self.is_due = state["is_due"]
+
+
+async def doubling(bus):
+    await bus.write(0, 1, 5)
+    await bus.advance(10_000_000)
+    assert await bus.read(1) == 10
+
+
+async def test_alarm_that_run_arms_after_an_access():
+    """It is armed within the step in which it rings."""
+    with pytest.raises(LostState, match=r"saved after 0 ns, .* at 0x1 gives 0x0, not 0xa"):
+        await check_round_trips(Doubler, doubling)
+
+
+async def test_alarm_that_run_arms_after_an_access_and_keeps():
+    class Whole(Doubler):
+        forgets = False
+
+    # At the start; after the write; armed; rung; 10 ms; after the read.
+    assert await check_round_trips(Whole, doubling) == 6
+
+
+class Pausing(Device):
+    """Counts the writes, and holds one in a local variable while it waits for something else."""
+
+    count = Register(0, int)
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    @count.on_write
+    def add(self, value: int) -> None:
+        self.waiting += 1
+
+    async def pause(self) -> None:
+        await asyncio.sleep(0)
+
+    async def run(self) -> None:
+        while True:
+            while self.waiting:
+                taken, self.waiting = self.waiting, 0
+                await self.pause()
+                self.count += taken
+            self.alarm.arm(self.clock.now_ns + 1000)
+            await anext(self.alarm)
+
+    def save(self) -> dict[str, int]:
+        return {"waiting": self.waiting}
+
+    def load(self, state: dict[str, int]) -> None:
+        self.waiting = state["waiting"]
+
+
+async def counting(bus):
+    await bus.write(0, 1, 0)
+    await bus.advance(10_000)
+    assert await bus.read(0) == 1
+
+
+async def test_state_lost_while_run_waits_for_a_turn_only():
+    with pytest.raises(LostState, match=r"saved where run\(\) waits on the way to 1000 ns"):
+        await check_round_trips(Pausing, counting)
+
+
+async def test_busy_sections_are_no_points():
+    class Careful(Pausing):
+        async def run(self) -> None:
+            while True:
+                if self.waiting:
+                    async with self.busy("counting"):
+                        taken, self.waiting = self.waiting, 0
+                        await self.pause()
+                        self.count += taken
+                self.alarm.arm(self.clock.now_ns + 1000)
+                await anext(self.alarm)
+
+    assert await check_round_trips(Careful, counting) > 10
+
+
+async def test_state_lost_while_the_scenario_waits():
+    """A device by the loop's time, and a scenario that does the same."""
+
+    class Sleeping(Pausing):
+        async def pause(self) -> None:
+            await asyncio.sleep(0.002)
+
+    async def scenario(bus):
+        await bus.write(0, 1, 0)
+        await bus.advance(1000)
+        await asyncio.sleep(0.02)
+        assert await bus.read(0) == 1
+
+    with pytest.raises(LostState, match="has lost state: a read of 1 at 0x0 gives 0x0, not 0x1"):
+        await check_round_trips(Sleeping, scenario)
+
+
+async def test_save_that_changes_the_device():
+    class Reading(Forgetful):
+        def save(self):
+            self.count += 1
+            return {"count": self.count}
+
+        def load(self, state):
+            self.count = state["count"]
+
+    async def scenario(bus):
+        await bus.write(0, 1, 5)
+        await bus.read(0)
+
+    with pytest.raises(LostState, match=r"reading does not repeat a read .*, or its save"):
+        await check_round_trips(Reading, scenario)
+
+
+async def test_state_that_is_not_plain():
+    class Odd(Forgetful):
+        def save(self):
+            return {"count": object()}
+
+    async def scenario(bus):
+        await bus.read(0)
+
+    with pytest.raises(CheckpointError, match="odd"):
+        await check_round_trips(Odd, scenario)
 
 
 class Unlevelled(Device):
