@@ -1,9 +1,7 @@
-"""Copies of a machine in this process, on copy-on-write memory; and what `os.fork` leaves of it."""
+"""Copies of a machine in this process, on copy-on-write memory."""
 
 from __future__ import annotations
 
-import os
-import weakref
 from typing import TYPE_CHECKING
 
 from . import snapshot
@@ -14,7 +12,7 @@ from .memory_image import MemoryImage
 if TYPE_CHECKING:
     from .machine import Machine
 
-__all__ = ["fork", "forbid_in_child"]
+__all__ = ["fork"]
 
 
 async def fork(machine: Machine, count: int) -> list[Machine]:
@@ -62,24 +60,3 @@ async def _equip(copy: Machine, original: Machine) -> None:
             if name not in copy.devices:
                 await clone.close()
         raise
-
-
-_open: weakref.WeakSet[Machine] = weakref.WeakSet()
-
-
-def forbid_in_child(machine: Machine) -> None:
-    """In a child that `os.fork` makes of this process, `machine` is unusable and says so.
-
-    KVM ties a VM to the address space that created it, and the child has none of the
-    vCPUs' threads.
-    """
-    _open.add(machine)
-
-
-def _in_child() -> None:
-    for machine in list(_open):
-        machine.lost_to_parent()
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_in_child)

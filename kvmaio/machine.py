@@ -24,8 +24,9 @@ from .device import Device
 from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained
 from .errors import ConfigurationError, GuestError, HostError
 from .exits import Halted, Outcome, Shutdown, Stopped
-from .fork import forbid_in_child, fork
+from .fork import fork
 from .irq import IrqLine
+from .lost import forbid_in_child
 from .memory import parse_size
 from .platform import Platform, can_assist, choose, open_platform
 from .service import HypercallHandler
@@ -138,7 +139,6 @@ class Machine(Board):
         self._hypercall: HypercallHandler | None = None
         self._copies: list[Machine] = []
         self._is_copy = False
-        self._lost = False
         self._platform: Platform | None = None
         self._chips: IrqChips | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -203,7 +203,7 @@ class Machine(Board):
 
     async def close(self) -> None:
         """End everything that belongs to the machine: tasks, threads, descriptors. Idempotent."""
-        if self._closed or self._platform is None or self._lost:
+        if self._closed or self._platform is None:
             self._closed = True
             return
         if self._tasks.current_is_own:
@@ -564,10 +564,6 @@ class Machine(Board):
         machine._assist = self._assist  # also where switch_cpu() has named a model since
         return machine
 
-    def lost_to_parent(self) -> None:
-        """This process is a fork of the one whose machine it is."""
-        self._lost = True
-
     @property
     def platform(self) -> Platform:
         """The host's part of the machine."""
@@ -735,11 +731,6 @@ class Machine(Board):
     def _opened(self) -> Platform:
         if self._closed:
             raise ConfigurationError(f"{self.name} is closed")
-        if self._lost:
-            raise ConfigurationError(
-                f"{self.name} belongs to the process that this one was forked from: KVM ties a VM "
-                "to its process. Make a new machine; restore() a checkpoint of this one there"
-            )
         if self._platform is None:
             raise ConfigurationError(f'use "async with Machine(...) as {self.name}:" first')
         return self._platform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import operator
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 
+import kvmaio
 from kvmaio import Device, Exited, Machine, Stopped
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
@@ -291,22 +293,118 @@ async def test_refused_count_leaves_nothing(machine):
     assert not machine.barrier.is_down
 
 
-async def test_child_process_has_no_use_of_the_parents_machine(machine):
+def in_child(what: Callable[[Any], object], of: Any) -> str:
+    """What came of it in a child of this process."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
         signal.alarm(10)  # bounded, whatever happens
         try:
-            machine.check_open()
-        except ConfigurationError as error:
-            os.write(write, str(error).encode())
+            answer = what(of)
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(write, str(answer).encode())
         os._exit(0)
     os.close(write)
-    os.waitpid(child, 0)  # noqa: ASYNC222 (its alarm bounds it)
+    _, status = os.waitpid(child, 0)
     message = os.read(read, 1000).decode()
     os.close(read)
-    assert message.startswith("parent belongs to the process that this one was forked from")
-    fate = machine.devices["fate0"]
-    assert isinstance(fate, Fate)
-    fate.answer = 1
-    assert await machine.run() == Exited(7)  # unharmed
+    assert status == 0, f"the child was ended by signal {status}"
+    return message
+
+
+def finished(pending: object) -> object:
+    """Its result; of a coroutine, which must not wait, what it returns."""
+    if not inspect.iscoroutine(pending):
+        return pending
+    try:
+        pending.send(None)
+    except StopIteration as end:
+        return end.value
+    return "it waits"
+
+
+USES: dict[str, Callable[[Machine], object]] = {
+    "run": lambda machine: finished(machine.run()),
+    "drain": lambda machine: finished(machine.drain()),
+    "drained": lambda machine: finished(kvmaio.drained(machine).__aenter__()),
+    "checkpoint": lambda machine: finished(machine.checkpoint()),
+    "fork": lambda machine: finished(machine.fork(1)),
+    "switch": lambda machine: finished(machine.switch_cpu("soft")),
+    "stop": lambda machine: machine.stop(),
+    "resume": lambda machine: machine.resume(),
+    "attach": lambda machine: machine.attach(DebugExit(), pio=0x80),
+    "line": lambda machine: machine.irq(3).set(True),
+    "stats": lambda machine: machine.stats,
+    "dump": lambda machine: machine.dump(),
+    "hypercall": lambda machine: setattr(machine, "hypercall", None),
+}
+PARTS: dict[str, tuple[Callable[[Machine], Any], Callable[[Any], object]]] = {
+    "memory.read": (lambda machine: machine.memory, lambda memory: memory.read(0, 1)),
+    "memory.write": (lambda machine: machine.memory, lambda memory: memory.write(0, b"x")),
+    "memory.add_ram": (
+        lambda machine: machine.memory,
+        lambda memory: memory.add_ram(1 << 30, 4096),
+    ),
+    "pio": (lambda machine: machine.pio, lambda bus: finished(bus.read(0x60, 1))),
+    "line": (lambda machine: machine.irq(3), lambda line: line.set(True)),
+    "device": (lambda machine: machine.devices["fate0"], lambda device: device.irq.set(True)),
+    "kick": (lambda machine: machine.vcpus[0], lambda vcpu: vcpu.kick()),
+    "interrupt": (
+        lambda machine: machine.vcpus[0],
+        lambda vcpu: finished(vcpu.interrupt(0x30)),
+    ),
+    "context": (lambda machine: machine.vcpus[0], lambda vcpu: vcpu.context),
+    "model": (lambda machine: machine.vcpus[0].model, lambda model: model.kick()),
+}
+
+
+@pytest.fixture
+async def running(make) -> AsyncIterator[Machine]:
+    """Its guest never leaves: under the software CPU, its thread is in the memory all the time."""
+    machine: Machine = await make()
+    machine.attach(Fate(3), pio=0x60, irq=3)
+    machine.load(
+        Flat(assemble(("spin: inc word ptr [0x5000]", "jmp spin"), "real16", 0x1000), 0x1000)
+    )
+    run = asyncio.create_task(machine.run())
+    await until(lambda: machine.memory.read(0x5000, 2) != bytes(2))
+    yield machine
+    at = machine.memory.read(0x5000, 2)
+    await until(lambda: machine.memory.read(0x5000, 2) != at)  # unharmed
+    machine.stop("seen")
+    assert await run == Stopped("seen")
+
+
+async def test_child_process_has_no_use_of_the_parents_machine(running):
+    parts = {name: (part(running), use) for name, (part, use) in PARTS.items()}
+    for name, (part, use) in ({name: (running, use) for name, use in USES.items()} | parts).items():
+        message = in_child(use, part)
+        start = "ConfigurationError: parent belongs to the process that this one was forked from"
+        assert message.startswith(start), name
+
+
+async def test_child_process_may_close_it(running):
+    for part in (running, running.vcpus[0], running.memory):
+        what = in_child(lambda part: finished(part.close()), part)
+        assert what == "None"
+    assert in_child(repr, running) == "<Machine of another process>"
+
+
+async def test_child_process_makes_a_machine_of_its_own(running, kvmaio_cpu):
+    checkpoint = await running.checkpoint()
+
+    def restored(_: object) -> object:
+        async def run() -> object:
+            async with Machine(memory="1M", cpu=kvmaio_cpu) as machine:
+                machine.attach(Fate(3), pio=0x60, irq=3)
+                await machine.restore(checkpoint)
+                run = asyncio.create_task(machine.run())
+                await asyncio.sleep(0.01)
+                machine.stop("the child's own")
+                return await run
+
+        asyncio._set_running_loop(None)
+        return asyncio.new_event_loop().run_until_complete(run())
+
+    assert in_child(restored, None) == 'Stopped(reason="the child\'s own")'
