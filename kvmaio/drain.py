@@ -14,7 +14,15 @@ from typing import Protocol
 
 from .errors import ConfigurationError, DrainTimeout
 
-__all__ = ["DRAIN_TIMEOUT_S", "Barrier", "Drainable", "Participant", "drained"]
+__all__ = [
+    "DRAIN_TIMEOUT_S",
+    "Barrier",
+    "BriefHold",
+    "Drainable",
+    "Participant",
+    "drained",
+    "held",
+]
 
 DRAIN_TIMEOUT_S = 10.0
 """A device that awaits a network may hold a drain for long; this long without being told to is
@@ -69,6 +77,11 @@ class Drainable(Protocol):
         """Nobody wants it at rest any more."""
 
 
+class BriefHold:
+    """Holds a barrier for an operation of the engine's, which ends by itself: a `run()` that
+    begins meanwhile takes its time, and need not be refused."""
+
+
 class Barrier:
     """One machine's drain: who holds it down, and whether it is there.
 
@@ -85,6 +98,11 @@ class Barrier:
         self.rounds = 0
         self._holders: list[object] = []
         self._lock = asyncio.Lock()
+
+    @property
+    def is_brief(self) -> bool:
+        """Is it held for operations that end by themselves only?"""
+        return all(isinstance(holder, BriefHold) for holder in self._holders)
 
     def hold(self, holder: object) -> None:
         """Keep the barrier down for `holder`. Idempotent."""
@@ -184,7 +202,15 @@ async def drained(
     """
     if not machines:
         raise ConfigurationError("drained() of no machine")
-    holder = object()
+    async with held(object(), machines, timeout):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def held(
+    holder: object, machines: Collection[Drainable], timeout: float | None
+) -> AsyncIterator[None]:
+    """`drained()` for `holder`, a new one."""
     barriers = [machine.barrier for machine in machines]
     await lower(barriers, holder, timeout)
     try:

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .checkpoint.progress import Progress, silent
 from .clock import LoopClock
 from .device import Device
-from .drain import DRAIN_TIMEOUT_S, Barrier, Participant, drained
+from .drain import DRAIN_TIMEOUT_S, Barrier, BriefHold, Participant, drained, held
 from .errors import ConfigurationError, GuestError, HostError
 from .exits import Halted, Outcome, Shutdown, Stopped
 from .fork import fork
@@ -388,7 +388,8 @@ class Machine(Board):
         Raises:
             GuestError: the guest did what nothing can answer; the machine can be inspected.
             HostError: the host refused to run the guest.
-            ConfigurationError: it is running already, or closed.
+            ConfigurationError: it is running already, drained by `drain()` or `drained()`, or
+                closed.
             Exception: whatever a device raised, with a note that says where.
         """
         if self.debugger is not None:
@@ -400,19 +401,18 @@ class Machine(Board):
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(f"{self.name} was entered on another event loop; run it there")
         self._check_not_running("run the machine")
-        self._check_not_drained("be run")
+        if not self.barrier.is_brief:
+            self._check_not_drained("be run")
         for vcpu in self.vcpus:
-            if vcpu.inside:
+            if vcpu.inside and vcpu.is_stepped:
                 raise ConfigurationError(f"{vcpu.name} is being run by hand")
         self._start()
         self._run_active = True
         try:
             if self._ending is None:
                 self._over.clear()
-                for vcpu in self.vcpus:
-                    vcpu.activate_if_fresh()
-                    vcpu.allow()
-                self._end_if_halted()
+                if not (self.barrier.is_down or self.barrier.is_moving):  # or it goes on then
+                    self._let_go()
                 await self._over.wait()
         finally:
             try:
@@ -470,7 +470,7 @@ class Machine(Board):
                 failed with an error that no `run()` has raised yet.
             CheckpointError: a device's state is not plain data.
         """
-        async with self.drained(timeout):
+        async with self._drained_for_a_moment(timeout):
             return snapshot.capture(self, progress)
 
     async def restore(
@@ -499,7 +499,7 @@ class Machine(Board):
             vcpu.gives_up_failed = True
         try:
             # One at a time: each ends the devices' activities and begins them anew.
-            async with self.drained(timeout), self._restoring:
+            async with self._drained_for_a_moment(timeout), self._restoring:
                 snapshot.check_fits(self, checkpoint)
                 try:
                     await self._tasks.end_activities()
@@ -525,7 +525,7 @@ class Machine(Board):
         """
         if cpu not in ("kvm", "soft"):
             raise ConfigurationError(f'cpu={cpu!r}: "kvm" and "soft" are possible')
-        async with self.drained(timeout):
+        async with self._drained_for_a_moment(timeout):
             switch_cpu(self, cpu)
             self._cpu = cpu
 
@@ -542,7 +542,7 @@ class Machine(Board):
             DrainTimeout, ConfigurationError, CheckpointError: see `checkpoint()`.
             HostError: the host refused a copy; then there are none.
         """
-        async with self.drained(timeout):
+        async with self._drained_for_a_moment(timeout):
             copies = await fork(self, count)
         for copy in copies:
             copy._is_copy = True
@@ -614,6 +614,12 @@ class Machine(Board):
         """``async with machine.drained():`` inside, the machine is at rest; see `drain()`."""
         return drained(self, timeout=timeout)
 
+    def _drained_for_a_moment(
+        self, timeout: float | None
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """As `drained()`, for what ends by itself: `run()` may begin meanwhile."""
+        return held(BriefHold(), [self], timeout)
+
     def check_open(self) -> None:
         """Raise ConfigurationError if the machine is not entered, or closed."""
         self._opened()
@@ -656,6 +662,9 @@ class Machine(Board):
         if self._ending is not None:
             self._over.set()
             return
+        self._let_go()
+
+    def _let_go(self) -> None:
         for vcpu in self.vcpus:
             vcpu.activate_if_fresh()
             vcpu.allow()

@@ -70,8 +70,11 @@ class Tasks:
     def start(self, device: Device) -> None:
         """Start the device's own activity, if it has one. Idempotent."""
         if type(device).run is not Device.run and device.name not in self._activities:
-            activity = self.watched(device.run(), f"{device.name}.run()")
-            self._activities[device.name] = self._spawn(activity, device.name)
+            self._activities[device.name] = self._spawn(self._activity(device), device.name)
+
+    async def _activity(self, device: Device) -> None:
+        # run() is called here: of a task that is cancelled before its first turn, nothing is left.
+        await self.watched(device.run(), f"{device.name}.run()")
 
     async def watched(self, activity: Awaitable[None], who: str) -> None:
         """Await something that goes on beside the vCPUs; its failure ends the machine."""

@@ -99,6 +99,7 @@ class VCpu(BurstingVCpu):
         halted: it is idle because of HLT.
         awaits_start_up: it is idle because of INIT.
         was_stepped: `run()` has been called.
+        is_stepped: `run()` is under way.
         held: a debugger keeps it out of its guest while others run.
     """
 
@@ -121,7 +122,7 @@ class VCpu(BurstingVCpu):
         self.stats = CpuStatistics()
         self.halted = False
         self.awaits_start_up = False
-        self.was_stepped = False
+        self.was_stepped = self.is_stepped = False
         self.held = False
         self._state = IDLE
         self._owner = owner
@@ -200,13 +201,17 @@ class VCpu(BurstingVCpu):
         self._exit_due = False
         if self._state is SERVICE:
             self._state = RUNNING  # passed over, even if the host then refuses the entry
-        result = await self._entry.enter(limit_ns)
-        events = self._entry.events
-        if events is not None:
-            while events.stepping and limit_ns != 0:
-                result = await self._entry.enter(limit_ns)
-            if events.fired:
-                await events.let_waiters_run()
+        self.is_stepped = True
+        try:
+            result = await self._entry.enter(limit_ns)
+            events = self._entry.events
+            if events is not None:
+                while events.stepping and limit_ns != 0:
+                    result = await self._entry.enter(limit_ns)
+                if events.fired:
+                    await events.let_waiters_run()
+        finally:
+            self.is_stepped = False
         if result is EntryResult.EXIT:
             return self.last_exit()
         return InterruptedExit(ticks=self._entry.ticks, timer_expired=result is EntryResult.TIMER)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
 import kvmaio
-from kvmaio import Device, DrainTimeout, Exited, Halted, Machine, Register, Stopped, VCpuState
+from kvmaio import (
+    Checkpoint,
+    Device,
+    DrainTimeout,
+    Exited,
+    Halted,
+    Machine,
+    Register,
+    Stopped,
+    VCpuState,
+)
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.errors import ConfigurationError
@@ -183,7 +194,7 @@ async def test_injected_event_is_taken_first(boot):
 # The NMI's handler says how often it has been entered, and ends when it is told to.
 NMI_HANDLER = (
     *("mov word ptr [8], offset handler", "mov word ptr [10], 0", "mov sp, 0x7000"),
-    *("again: cmp byte ptr [0x5002], 2", "jne again", "cli", "hlt"),
+    *("mov byte ptr [0x5004], 1", "again: cmp byte ptr [0x5002], 2", "jne again", "cli", "hlt"),
     *("handler: inc byte ptr [0x5002]", "mov al, [0x5002]", "out 0x60, al"),
     *("wait: cmp byte ptr [0x5000], 0", "je wait", "iret"),
 )
@@ -198,7 +209,7 @@ async def test_nmi_that_waits_for_the_end_of_another_ones_handler(boot, restored
     cpu = machine.vcpus[0]
     async with deadline():
         run = asyncio.create_task(machine.run())
-        await until(lambda: cpu.inside)
+        await until(lambda: machine.memory.read(0x5004, 1) != bytes(1))  # it is set up
         await cpu.nmi()
         await until(diary.reached(1))
         await cpu.nmi()
@@ -221,7 +232,7 @@ async def test_nmi_while_drained_is_taken_afterwards(boot):
     cpu = machine.vcpus[0]
     async with deadline():
         run = asyncio.create_task(machine.run())
-        await until(lambda: cpu.inside)
+        await until(lambda: machine.memory.read(0x5004, 1) != bytes(1))
         for count in (1, 2):
             async with machine.drained():
                 await cpu.nmi()
@@ -709,6 +720,55 @@ async def test_refused_where_it_would_wait_for_itself(boot):
         "machine cannot be drained by the handler of an access",
         "machine cannot be drained within busy() of suicidal0",
     ]
+
+
+def is_busy_or_over(machine: Machine, busy: asyncio.Task[None]) -> bool:
+    return machine.barrier.is_moving or machine.barrier.is_down or busy.done()
+
+
+async def brief_checkpoint(machine: Machine, saved: Checkpoint) -> None:
+    await machine.checkpoint()
+
+
+async def brief_restore(machine: Machine, saved: Checkpoint) -> None:
+    await machine.restore(saved)
+
+
+async def brief_fork(machine: Machine, saved: Checkpoint) -> None:
+    (copy,) = await machine.fork(1)
+    await copy.close()
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.parametrize("brief", [brief_checkpoint, brief_restore, brief_fork])
+async def test_run_that_begins_while_somebody_takes_a_checkpoint(boot, brief):
+    """It is nobody's drain to resume: run() goes on from there, and can be stopped meanwhile."""
+    machine = boot("again: inc word ptr [0x5000]", "jmp again")
+    async with deadline(30):
+        saved = await machine.checkpoint()
+        for stops_before in (False, True) * 5:
+            busy = asyncio.create_task(brief(machine, saved))
+            await until(functools.partial(is_busy_or_over, machine, busy))
+            run = asyncio.create_task(machine.run())
+            await asyncio.sleep(0)
+            if not stops_before:
+                await busy
+                machine.memory.write(0x5000, bytes(2))
+                await until(lambda: machine.memory.read(0x5000, 2) != bytes(2))
+            machine.stop("seen")
+            assert await run == Stopped("seen")
+            await busy
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_run_is_refused_while_the_user_drains_too(boot):
+    machine = boot(*SPIN)
+    async with deadline(), machine.drained():
+        busy = asyncio.create_task(machine.checkpoint())
+        await asyncio.sleep(0)
+        with pytest.raises(ConfigurationError, match="drained and cannot be run; resume"):
+            await machine.run()
+        await busy
 
 
 @pytest.mark.kvm
