@@ -13,6 +13,10 @@ from .errors import ConfigurationError
 __all__ = ["Alarm", "Clock", "LoopClock", "StoppedClock"]
 
 
+MOST_NS = 1 << 63
+"""No deadline is further away, on either side of 0."""
+
+
 class Cancellable(Protocol):
     """What `Clock.call_at_ns` returns."""
 
@@ -156,11 +160,15 @@ class Alarm:
         Raises:
             ConfigurationError: it is no such thing.
         """
-        deadline_ns, rung = state.get("deadline_ns"), state.get("rung")
-        if not isinstance(deadline_ns, int | None) or not isinstance(rung, list):
+        match state:
+            case {"deadline_ns": int() | None as deadline_ns, "rung": list() as rung}:
+                times = rung if deadline_ns is None else [*rung, deadline_ns]
+            case _:
+                raise ConfigurationError(f"{state!r} is no alarm's state")
+        if not all(isinstance(each, int) and abs(each) < MOST_NS for each in times):
             raise ConfigurationError(f"{state!r} is no alarm's state")
         self.reset()
-        self._rung.extend(int(each) for each in rung)
+        self._rung.extend(rung)
         if deadline_ns is not None:
             self.arm(deadline_ns)
 

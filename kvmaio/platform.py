@@ -64,6 +64,13 @@ class Platform(Protocol):
     def save(self) -> dict[str, bytes | int]:
         """State beside the CPUs' own, for a checkpoint: name -> structure or number."""
 
+    def check_state(self, saved: dict[str, bytes | int]) -> None:
+        """Is it what `save()` gives, as far as that can be seen? Changes nothing.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+
     def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
         """Have CPUID tell what it did when `save()` was called; before anything else goes back.
 

@@ -5,8 +5,8 @@ Both are plain functions without an await, so nothing changes in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -21,15 +21,12 @@ from .checkpoint import (
     SavedDevice,
 )
 from .checkpoint.progress import Progress, silent
-from .clock import Alarm
 from .device import Device
 from .errors import CheckpointError, ConfigurationError
-from .exits import Exited, Halted, Outcome, Shutdown, Stopped
-from .interrupts import Interrupts
 from .memory import GuestMemory
 from .memory_image import MemoryImage
+from .soundness import check_sound, kept_outcome, plain_outcome
 from .stats import Statistics
-from .vcpu_at_rest import SAVED_BESIDE_STATE
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -42,14 +39,6 @@ __all__ = [
     "save_device",
     "shape_of",
 ]
-
-ENGINE = frozenset({"pio_unmapped", "mmio_unmapped", "fault_frame", "outcome", "lines"})
-"""What `capture` puts into a checkpoint's `engine`."""
-
-_OUTCOMES: dict[str, type[Outcome]] = {
-    kind.__name__: kind for kind in (Halted, Shutdown, Exited, Stopped)
-}
-
 
 # ---- from the machine --------------------------------------------------------------------
 
@@ -97,7 +86,7 @@ def capture(machine: Machine, progress: Progress = silent) -> Checkpoint:
             "pio_unmapped": machine.pio.unmapped.value,
             "mmio_unmapped": machine.mmio.unmapped.value,
             "fault_frame": machine.fault_frame,
-            "outcome": _plain_outcome(machine.kept_outcome()),
+            "outcome": plain_outcome(machine.kept_outcome()),
             "lines": {str(number): line.own for number, line in machine.lines.items()},
         },
     )
@@ -138,16 +127,6 @@ def save_device(device: Device) -> SavedDevice:
     return SavedDevice(registers, device.alarm.save(), device.save(), device.irq.own)
 
 
-def _plain_outcome(outcome: Outcome | None) -> dict[str, Any] | None:
-    if outcome is None:
-        return None
-    name = type(outcome).__name__
-    if _OUTCOMES.get(name) is not type(outcome):
-        raise CheckpointError(f"the outcome {outcome} that is kept is not one of kvmaio's")
-    fields = [field.name for field in attrs.fields(type(outcome))]  # type: ignore[arg-type]
-    return {"kind": name} | {field: getattr(outcome, field) for field in fields}
-
-
 # ---- into the machine ----------------------------------------------------------------------
 
 
@@ -175,30 +154,19 @@ def check_fits(machine: Machine, checkpoint: Checkpoint) -> None:
         )
     for name, device in checkpoint.devices.items():
         _check_registers(machine.devices[name], device)
-        _check_takes(Alarm().load, device.alarm, f"{name}: its alarm")
-    _check_engine(checkpoint.engine, ENGINE, "machine")
-    _kept_outcome(checkpoint.engine)
-    for index, cpu in enumerate(checkpoint.cpus):
-        _check_engine(cpu.engine, SAVED_BESIDE_STATE, f"cpu {index}")
-        for vector in cpu.engine["vectors"]:
-            _check_takes(Interrupts().add, vector, f"cpu {index}")
+    check_sound(checkpoint)
+    _check_statistics(machine.stats.groups(), checkpoint.statistics)
+    machine.platform.check_state(checkpoint.vm)
+    for number in map(int, checkpoint.engine["lines"]):  # last: it makes those that are missing
+        try:
+            machine.irq(number)
+        except ConfigurationError as error:
+            raise CheckpointError(f"machine: {error}") from None
 
 
 def _missing_regions(machine: Machine, saved: MachineShape) -> list[RegionShape]:
     """Memory that only the checkpoint has, such as its firmware: it is added."""
     return [r for r in saved.memory if machine.memory.overlapping(r.base, r.size) is None]
-
-
-def _check_engine(engine: Mapping[str, Any], names: Collection[str], whose: str) -> None:
-    if missing := ", ".join(sorted(names - engine.keys())):
-        raise CheckpointError(f"{whose}: not as a machine saves it: {missing} is missing")
-
-
-def _check_takes(take: Callable[[Any], None], value: Any, whose: str) -> None:
-    try:
-        take(value)
-    except (ConfigurationError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{whose}: {error}") from None
 
 
 def put_back(machine: Machine, checkpoint: Checkpoint) -> None:
@@ -230,7 +198,7 @@ def put_back(machine: Machine, checkpoint: Checkpoint) -> None:
     for vcpu, saved_cpu in zip(machine.vcpus, checkpoint.cpus, strict=True):
         vcpu.restore(saved_cpu)
     _put_statistics(machine.stats.groups(), checkpoint.statistics)
-    machine.keep_outcome(_kept_outcome(engine))
+    machine.keep_outcome(kept_outcome(engine))
     for device in machine.devices.values():
         device.update()
 
@@ -265,14 +233,23 @@ def load_device(device: Device, saved: SavedDevice) -> None:
 
 
 def _load_state(device: Device, saved: SavedDevice) -> None:
-    for register in device.registers:
-        register.load(device, saved.registers[register.name])
     try:
+        for register in device.registers:
+            register.load(device, saved.registers[register.name])
         device.load(saved.state)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # it may expect anything of a state that was its own
         raise CheckpointError(
             f"{device.name} cannot take its state back: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_statistics(
+    groups: Mapping[str, Statistics], saved: Mapping[str, Mapping[str, int | None]]
+) -> None:
+    for name, group in groups.items():
+        for field in attrs.fields(type(group)):
+            if field.default is not None and saved.get(name, {}).get(field.name, 0) is None:
+                raise CheckpointError(f"statistics: {name}.{field.name} cannot be unknown")
 
 
 def _put_statistics(
@@ -283,13 +260,3 @@ def _put_statistics(
         for field, value in saved.get(name, {}).items():
             if field in known:
                 setattr(group, field, value)
-
-
-def _kept_outcome(engine: Mapping[str, Any]) -> Outcome | None:
-    if engine["outcome"] is None:
-        return None
-    try:
-        plain = dict(engine["outcome"])
-        return _OUTCOMES[plain.pop("kind")](**plain)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the outcome that is kept: {error}") from None

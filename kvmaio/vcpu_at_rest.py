@@ -24,15 +24,7 @@ from .stats import CpuStatistics
 from .suspension import Suspended, drive
 from .vcpu_states import IDLE, RUNNING, SERVICE, VCpuState
 
-__all__ = ["CLOSED", "SAVED_BESIDE_STATE", "RestingVCpu"]
-
-SAVED_BESIDE_STATE = frozenset(
-    {
-        *("active", "fresh", "halted", "suspended", "awaits_start_up", "was_stepped"),
-        *("vectors", "nmi", "instructions"),
-    }
-)
-"""What `RestingVCpu.save()` knows beside the processor's state."""
+__all__ = ["CLOSED", "RestingVCpu"]
 
 CLOSED = "the machine is closed, and its registers are gone"
 

@@ -335,6 +335,9 @@ class ScriptedPlatform:
     def save(self) -> dict[str, bytes | int]:
         return {}
 
+    def check_state(self, saved: dict[str, bytes | int]) -> None:
+        pass
+
     def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
         pass
 

@@ -14,7 +14,7 @@ from ._native import lib
 from .cpu import KvmCpu
 from .fast import FastPaths
 from .hub import Hub
-from .saving import get_vm_state, set_cpuid_tables, set_vm_state
+from .saving import check_vm_state, get_vm_state, set_cpuid_tables, set_vm_state
 from .vm import KvmVm
 
 __all__ = ["KvmPlatform"]
@@ -134,6 +134,9 @@ class KvmPlatform:
 
     def save(self) -> dict[str, bytes | int]:
         return get_vm_state(self.vm, self._cpus)
+
+    def check_state(self, saved: dict[str, bytes | int]) -> None:
+        check_vm_state(self.vm, saved)
 
     def restore_cpuid(self, saved: dict[str, bytes | int]) -> None:
         set_cpuid_tables(self._cpus, saved)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError, ConfigurationError, HostError
-from ._native import lib
+from ._native import ffi, lib
 from .cpuid import CpuidEntry
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class HasCpuid(Protocol):
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
 
 
-__all__ = ["get_cpuid_tables", "get_vm_state", "set_cpuid_tables", "set_vm_state"]
+__all__ = ["check_vm_state", "get_cpuid_tables", "get_vm_state", "set_cpuid_tables", "set_vm_state"]
 
 _CHIPS = {
     "kvm_pic_master": lib.KVM_IRQCHIP_PIC_MASTER,
@@ -61,6 +61,29 @@ def get_vm_state(vm: KvmVm, cpus: Sequence[HasCpuid]) -> State:
         state |= {name: vm.get_irqchip(chip) for name, chip in _CHIPS.items()}
         state["kvm_pit"] = vm.get_pit()
     return state
+
+
+def check_vm_state(vm: KvmVm, state: State) -> None:
+    """Refuse what `set_vm_state` could not take.
+
+    Raises:
+        CheckpointError: a structure is missing, or not KVM's.
+    """
+    clock = state.get("kvm_clock", 0)
+    if not isinstance(clock, int) or not 0 <= clock < 1 << 63:
+        raise CheckpointError(f"vm: kvm_clock cannot be {clock!r}")
+    if vm.irqchip != "kernel":
+        return
+    for name, chip in _CHIPS.items():
+        structure = _structure(state, name)
+        if len(structure) != ffi.sizeof("struct kvm_irqchip") or _chip_of(structure) != chip:
+            raise CheckpointError(f"vm: {name} is not KVM's")
+    if len(_structure(state, "kvm_pit")) != ffi.sizeof("struct kvm_pit_state2"):
+        raise CheckpointError("vm: kvm_pit is not KVM's")
+
+
+def _chip_of(structure: bytes) -> int:
+    return int.from_bytes(structure[:4], "little")
 
 
 def set_vm_state(vm: KvmVm, state: State) -> None:

@@ -7,6 +7,7 @@ import operator
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import pytest
@@ -25,10 +26,10 @@ from kvmaio import (
 )
 from kvmaio.boot import Flat
 from kvmaio.checkpoint import SavedCpu
+from kvmaio.cpu import Context, CpuState, DescriptorTable, Segment
 from kvmaio.devices import CountdownTimer, DebugExit
 from kvmaio.errors import ConfigurationError
-from kvmaio.snapshot import ENGINE
-from kvmaio.vcpu_at_rest import SAVED_BESIDE_STATE
+from kvmaio.soundness import MachineEngine, VCpuEngine
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
 
@@ -385,8 +386,8 @@ async def test_checkpoint_that_no_machine_made_is_refused():
         (cpu,), devices = saved.cpus, saved.devices
         odd_vector = attrs.evolve(cpu, engine=cpu.engine | {"vectors": [300]})
         odd_alarm = {"diary0": attrs.evolve(devices["diary0"], alarm={"at": 1})}
-        assert cpu.engine.keys() == SAVED_BESIDE_STATE
-        assert saved.engine.keys() == ENGINE
+        for engine, kind in ((cpu.engine, VCpuEngine), (saved.engine, MachineEngine)):
+            assert engine.keys() == {field.name for field in attrs.fields(kind)}
         machine.memory.write(0x5000, b"new")
         for engine, the_cpu, the_devices, complaint in (
             ({}, cpu, devices, "machine: not as a machine saves it: fault_frame, lines,"),
@@ -401,6 +402,152 @@ async def test_checkpoint_that_no_machine_made_is_refused():
             with pytest.raises(CheckpointError, match=complaint):
                 await machine.restore(odd)
         assert machine.memory.read(0x5000, 3) == b"new"
+
+
+def with_xsave(state: CpuState, at: int, byte: int) -> bytes:
+    assert state.xsave is not None
+    area = bytearray(state.xsave)
+    area[at] = byte
+    return bytes(area)
+
+
+# What is wrong -> what it makes of a checkpoint's parts, and how it is named.
+ODD_ENGINES = {
+    "machine: unmapped": {"pio_unmapped": "nonsense"},
+    "machine: Expected `str`": {"mmio_unmapped": 7},
+    "machine: 'x' is no interrupt line's number": {"lines": {"x": True}},
+    "machine: '-1' is no interrupt line's number": {"lines": {"-1": True}},
+    "machine: interrupt line 999": {"lines": {"999": True}},
+    "machine: Expected `object`": {"lines": []},
+    "machine: Expected `int | null`": {"fault_frame": "x"},
+    "machine: the fault frame at 0xffffff": {"fault_frame": 0xFFFFFF},
+    "the outcome that is kept: Expected": {"outcome": {"kind": "Exited", "code": "x"}},
+    "the outcome that is kept: .* is none": {"outcome": {"code": 1}},
+}
+ODD_TIMES = {"machine: the time in nanoseconds: ": (-1, 1 << 63, 1 << 70)}
+ODD_STATES: dict[str, Callable[[CpuState], dict[str, Any]]] = {
+    "MP state 99": lambda state: {"mp_state": 99},
+    "MP state -1": lambda state: {"mp_state": -1},
+    "events of 0 bytes": lambda state: {"events": b""},
+    "LAPIC of 1 bytes": lambda state: {"lapic": b"x"},
+    "XSAVE of 0 bytes": lambda state: {"xsave": b""},
+    "XSAVE is no area": lambda state: {"xsave": with_xsave(state, 520, 1)},
+    "XSAVE is no area in": lambda state: {"xsave": with_xsave(state, 27, 1)},
+    "extended control registers cannot be": lambda state: {"xcrs": {0: 0}},
+    "extended control registers cannot": lambda state: {"xcrs": {1: 1}},
+    "the index of an MSR": lambda state: {"msrs": {1 << 32: 0}},
+    "0 debug registers": lambda state: {"debug_registers": ()},
+    "cs.type: 300 is not": lambda state: {"context": Context(cs=Segment(type=300))},
+    "idt.limit": lambda state: {"context": Context(idt=DescriptorTable(limit=1 << 16))},
+    "CR0 cannot be 0x80000000": lambda state: {"context": Context(cr0=1 << 31)},
+    "cr8: 16": lambda state: {"context": Context(cr8=16)},
+}
+ODD_VCPUS = {
+    "cpu 0: Expected `bool`": {"halted": 2},
+    "cpu 0: Expected `int`": {"vectors": ["x"]},
+    "cpu 0: interrupt vector 256": {"vectors": [256]},
+    "cpu 0: instructions: -1": {"instructions": -1},
+}
+ODD_ALARMS: tuple[Any, ...] = (
+    5,
+    {"deadline_ns": 1 << 2000, "rung": []},
+    {"deadline_ns": None, "rung": ["x"]},
+    {"deadline_ns": None, "rung": [1.5]},
+)
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_parts_that_make_no_sense_are_refused_and_change_nothing(boot):
+    """Their checksums are right; each is named, and the machine goes on as it was."""
+    machine = boot("again: inc word ptr [0x5000]", "jmp again")
+    machine.attach(Diary(), pio=0x60)
+    machine.irq(3).set(True)
+    async with deadline(30):
+        run = asyncio.create_task(machine.run())
+        await until(lambda: counted(machine))
+        async with machine.drained():
+            saved = await machine.checkpoint()
+            (cpu,), devices = saved.cpus, saved.devices
+            odd: list[tuple[str, dict[str, Any]]] = []
+            odd += ((name, {"engine": saved.engine | one}) for name, one in ODD_ENGINES.items())
+            odd += ((name, {"time_ns": one}) for name, times in ODD_TIMES.items() for one in times)
+            for name, evolve in ODD_STATES.items():
+                state = attrs.evolve(cpu.state, **evolve(cpu.state))
+                odd.append((f"cpu 0: .*{name}", {"cpus": [attrs.evolve(cpu, state=state)]}))
+            for name, one in ODD_VCPUS.items():
+                odd.append((name, {"cpus": [attrs.evolve(cpu, engine=cpu.engine | one)]}))
+            for alarm in ODD_ALARMS:
+                the_devices = devices | {"diary0": attrs.evolve(devices["diary0"], alarm=alarm)}
+                odd.append(("diary0: its alarm: .* is no alarm's state", {"devices": the_devices}))
+            for count in (-1, 1 << 63):
+                statistics = saved.statistics | {"cpu0": {"numVMExits": count}}
+                odd.append(("statistics: cpu0.numVMExits: ", {"statistics": statistics}))
+            unknown = saved.statistics | {"cpu0": {"numVMExits": None}}
+            odd.append(("statistics: cpu0.numVMExits cannot", {"statistics": unknown}))
+            if machine.platform.kind == "kvm":
+                odd.append(("vm: kvm_clock cannot be -1", {"vm": saved.vm | {"kvm_clock": -1}}))
+            machine.memory.write(0x6000, b"new")
+            before = await machine.checkpoint()
+            for complaint, parts in odd:
+                with pytest.raises(CheckpointError, match=complaint):
+                    await machine.restore(Checkpoint(**parts_of(saved) | parts))
+            after = await machine.checkpoint()
+            assert (after.memory, after.devices, after.engine) == (
+                before.memory,
+                before.devices,
+                before.engine,
+            )
+            assert after.cpus[0].engine == before.cpus[0].engine
+            assert after.cpus[0].state.context == before.cpus[0].state.context
+        at = counted(machine)
+        await until(lambda: counted(machine) != at)
+        machine.stop("seen")
+        assert await run == Stopped("seen")
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The arguments to make the same one of."""
+    names = "shape cpus devices vm time_ns statistics memory created_by engine".split()
+    return {name: getattr(checkpoint, name) for name in names}
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", ["kvm_ioapic", "kvm_pit"])
+async def test_chips_of_kvms_that_make_no_sense(name):
+    async with deadline(), Machine(memory="1M", irqchip="kernel") as machine:
+        saved = await machine.checkpoint()
+        machine.memory.write(0x6000, b"new")
+        for odd in (b"", saved.vm["kvm_pic_master"], 7):
+            wrong = Checkpoint(**parts_of(saved) | {"vm": saved.vm | {name: odd}})
+            with pytest.raises(CheckpointError, match=f"vm: {name} is "):
+                await machine.restore(wrong)
+        assert machine.memory.read(0x6000, 3) == b"new"
+
+
+class Strict(Device):
+    """Its `load()` fails in a way that nobody has foreseen."""
+
+    size = 1
+
+    def save(self):
+        return {"of": {"value": 1}}
+
+    def load(self, state):
+        assert state["of"].keys() == {"value"}
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_a_device_that_fails_in_any_way_refuses(boot):
+    machine = boot("hlt")
+    machine.attach(Strict(), pio=0x60)
+    saved = await machine.checkpoint()
+    machine.memory.write(0x6000, b"new")
+    states: tuple[dict[str, Any], ...] = ({"of": 1}, {"of": {}})
+    for state in states:
+        devices = saved.devices | {"strict0": attrs.evolve(saved.devices["strict0"], state=state)}
+        with pytest.raises(CheckpointError, match="strict0 cannot take its state back"):
+            await machine.restore(Checkpoint(**parts_of(saved) | {"devices": devices}))
+    assert machine.memory.read(0x6000, 3) == b"new"
 
 
 # ---- what happens meanwhile, or has happened before -----------------------------------------
