@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from .suspension import waits_for
+
 __all__ = ["BusySections"]
 
 
@@ -40,9 +42,9 @@ class BusySections:
 
     @property
     def is_own(self) -> bool:
-        """Is the present task within a section?"""
+        """Is the present task within a section, or awaited by one that is?"""
         task = asyncio.current_task()
-        return any(owner is task for _, owner in self._open.values())
+        return any(waits_for(owner, task) for _, owner in self._open.values())
 
     def shut(self, shut: bool) -> None:
         """Have sections that would begin now wait; or no longer."""

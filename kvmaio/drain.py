@@ -67,6 +67,9 @@ class Drainable(Protocol):
     def check_drainable(self) -> None:
         """Raise ConfigurationError where the drain would wait for itself."""
 
+    def why_it_may_wait_for_itself(self) -> str | None:
+        """For who drains and has waited long: what it may have overlooked; None if nothing."""
+
     def drain_participants(self) -> list[Participant]:
         """All that must come to rest."""
 
@@ -169,9 +172,14 @@ async def lower(barriers: Iterable[Barrier], holder: object, timeout: float | No
     except BaseException as error:
         for barrier in ordered:
             barrier.release(holder)
+        hints = filter(None, (each.machine.why_it_may_wait_for_itself() for each in ordered))
         if isinstance(error, TimeoutError) and limit.expired():
             names = " and ".join(barrier.machine.name for barrier in ordered)
-            raise DrainTimeout(f"{names} not at rest within {timeout:g} s: {still}") from None
+            message = "; ".join((f"{names} not at rest within {timeout:g} s: {still}", *hints))
+            raise DrainTimeout(message) from None
+        if isinstance(error, asyncio.CancelledError):
+            for hint in hints:  # whoever has cancelled it may show it
+                error.add_note(f"{still}; {hint}")
         raise
 
 

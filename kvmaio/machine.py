@@ -36,7 +36,7 @@ from .switching import switch_cpu
 from .tasks import SETTLE_LIMIT_S, Tasks, wait_uncancelled
 from .timed_cpu import TimedCpu
 from .trace import Filter, Sink, Trace, Tracing, open_trace_file
-from .vcpu import VCpu
+from .vcpu import VCpu, current_vcpu
 
 if TYPE_CHECKING:
     from .cpu import CpuModel
@@ -638,6 +638,17 @@ class Machine(Board):
                     f"{self.name} cannot be drained within busy() of {device.name}: "
                     "the drain would wait for that"
                 )
+
+    def why_it_may_wait_for_itself(self) -> str | None:
+        """A task that the handler of an access has started drains: it must not be awaited there."""
+        with contextlib.suppress(ConfigurationError):
+            vcpu = current_vcpu()
+            if vcpu in self.vcpus:
+                return (
+                    f"the handler of an access of {vcpu.name} has started the task that drains, "
+                    "and must not wait for it"
+                )
+        return None
 
     def drain_participants(self) -> list[Participant]:
         """All that must come to rest."""

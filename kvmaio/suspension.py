@@ -14,6 +14,7 @@ __all__ = [
     "drive",
     "foreign_cancellation",
     "is_own_cancellation",
+    "waits_for",
 ]
 
 T = TypeVar("T")
@@ -79,6 +80,25 @@ def is_own_cancellation() -> bool:
     """Was the present task cancelled, and not just something that it awaited?"""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def waits_for(waiter: asyncio.Task[Any] | None, task: asyncio.Task[Any] | None) -> bool:
+    """Is `waiter` the task itself, or waits for it, as far as asyncio tells?
+
+    It does of ``await task``, also through further tasks, and of `asyncio.wait_for`, which makes
+    a task of its own until Python 3.11; not of groups, `asyncio.wait` and shields.
+    """
+    if waiter is None or task is None or waiter is task:
+        return waiter is task is not None
+    callbacks = [callback for callback, _ in getattr(task, "_callbacks", None) or ()]
+    future = getattr(waiter, "_fut_waiter", None)
+    while future is not None:
+        if future is task:
+            return True
+        if any(future is each for one in callbacks for each in getattr(one, "args", ())):
+            return True
+        future = getattr(future, "_fut_waiter", None)
+    return False
 
 
 def foreign_cancellation(cancelled: asyncio.CancelledError, who: str) -> RuntimeError:

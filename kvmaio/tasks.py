@@ -9,7 +9,7 @@ from typing import Any
 
 from .device import Device
 from .exits import EndRun, Outcome
-from .suspension import ENDS_THE_LOOP, foreign_cancellation, is_own_cancellation
+from .suspension import ENDS_THE_LOOP, foreign_cancellation, is_own_cancellation, waits_for
 
 __all__ = ["SETTLE_LIMIT_S", "Tasks", "wait_uncancelled"]
 
@@ -48,8 +48,9 @@ class Tasks:
 
     @property
     def current_serves(self) -> bool:
-        """Is the present task one that calls handlers of accesses?"""
-        return asyncio.current_task() in self._serving
+        """Is the present task one that calls handlers of accesses, or awaited by one?"""
+        task = asyncio.current_task()
+        return any(waits_for(serving, task) for serving in self._serving)
 
     @property
     def current_is_activity(self) -> bool:

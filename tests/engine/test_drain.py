@@ -771,6 +771,105 @@ async def test_run_is_refused_while_the_user_drains_too(boot):
         await busy
 
 
+class Draining(Device):
+    """Its handler drains its own machine, in a way that a test sets."""
+
+    size = 1
+
+    def __init__(self, how: Callable[[], Awaitable[None]]) -> None:
+        self.how = how
+        self.error: Exception | None = None
+
+    async def read(self, offset: int, size: int) -> int:
+        try:
+            await self.how()
+        except Exception as error:
+            self.error = error
+        return 0
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.parametrize("through", ["task", "two tasks", "wait_for"])
+async def test_refused_through_a_task_that_the_handler_awaits(boot, through):
+    async def drain() -> None:
+        await machine.drain(timeout=5)
+
+    async def two() -> None:
+        await asyncio.create_task(drain())
+
+    async def how() -> None:
+        if through == "wait_for":
+            await asyncio.wait_for(drain(), 2)
+        else:
+            await asyncio.create_task(drain() if through == "task" else two())
+
+    machine = boot("in al, 0x60", "hlt")
+    device = machine.attach(Draining(how), pio=0x60)
+    async with deadline():
+        assert await machine.run() == Halted()
+    assert isinstance(device.error, ConfigurationError)
+    assert str(device.error).startswith("machine cannot be drained by the handler of an access")
+
+
+@pytest.mark.kvm
+async def test_refused_through_a_task_that_a_busy_section_awaits(boot):
+    class Copying(Worker):
+        error = None
+
+        async def run(self) -> None:
+            async with self.busy("copying"):
+                try:
+                    await asyncio.create_task(machine.drain())
+                except ConfigurationError as error:
+                    self.error = str(error)
+
+    machine = boot("hlt")
+    device = machine.attach(Copying())
+    async with deadline():
+        await machine.run()
+        await until(lambda: device.error)
+    assert device.error.startswith("machine cannot be drained within busy() of copying0")
+
+
+@pytest.mark.kvm
+async def test_timeout_of_a_drain_that_a_handler_has_started_says_so(boot):
+    async def in_a_group() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(machine.drain(timeout=0.05))
+
+    machine = boot("in al, 0x60", "hlt")
+    device = machine.attach(Draining(in_a_group), pio=0x60)
+    async with deadline():
+        assert await machine.run() == Halted()
+    assert isinstance(device.error, ExceptionGroup)
+    (timeout,) = device.error.exceptions
+    assert isinstance(timeout, DrainTimeout)
+    assert str(timeout) == (
+        "machine not at rest within 0.05 s: cpu0 waits for a read from pio 0x60 (1 byte) "
+        "(RunningMMIOPending); the handler of an access of cpu0 has started the task that drains, "
+        "and must not wait for it"
+    )
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_task_that_a_handler_starts_and_does_not_await_may_drain(boot):
+    tasks: list[asyncio.Task[None]] = []
+
+    async def drain() -> None:
+        async with machine.drained():
+            machine.memory.write(0x5000, b"\1")
+
+    async def how() -> None:
+        tasks.append(asyncio.create_task(drain()))
+        await asyncio.sleep(0.01)
+
+    machine = boot("in al, 0x60", "wait: cmp byte ptr [0x5000], 0", "je wait", "hlt")
+    machine.attach(Draining(how), pio=0x60)
+    async with deadline():
+        assert await machine.run() == Halted()
+        await tasks[0]
+
+
 @pytest.mark.kvm
 async def test_without_a_run_and_what_is_refused_while_drained(boot):
     machine = boot("hlt")
