@@ -16,7 +16,7 @@ from ..errors import CheckpointError, HostError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["Output", "replacing"]
+__all__ = ["Output", "check_can_replace", "replacing"]
 
 _HINTS = {
     errno.ENOSPC: "free some space there, or save to another disk",
@@ -70,11 +70,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Output]:
     """
     target = os.path.realpath(os.fsdecode(path))
     temporary = _temporary_name(target)
-    try:
-        mode = _mode_of_replaced(target)
-        fd = _open_temporary(temporary)
-    except OSError as error:
-        raise _refused(target, error) from None
+    mode, fd = _begin(target, temporary)
     try:
         try:
             os.fchmod(fd, 0o600)  # it may be what a killed process left
@@ -94,6 +90,28 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Output]:
         raise _refused(target, error) from None
     finally:
         os.close(fd)
+
+
+def check_can_replace(path: str | os.PathLike[str]) -> None:
+    """Find out whether `replacing` would begin at all; what is at `path` stays as it is.
+
+    Raises:
+        HostError, CheckpointError: see there.
+    """
+    target = os.path.realpath(os.fsdecode(path))
+    temporary = _temporary_name(target)
+    _, fd = _begin(target, temporary)
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
+    os.close(fd)
+
+
+def _begin(target: str, temporary: str) -> tuple[int, int]:
+    """The mode of the file to be, and the descriptor by which to write it."""
+    try:
+        return _mode_of_replaced(target), _open_temporary(temporary)
+    except OSError as error:
+        raise _refused(target, error) from None
 
 
 def _temporary_name(target: str) -> str:

@@ -8,12 +8,13 @@ import os
 import click
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..checkpoint.atomic import check_can_replace
+from ..errors import CheckpointError, KvmaioError
 from ..machine import Machine
 from .progress import working
 from .reports import say
 
-__all__ = ["BOARD_FROM_CHECKPOINT", "check_board", "load", "save"]
+__all__ = ["BOARD_FROM_CHECKPOINT", "check_board", "check_can_save", "load", "save"]
 
 BOARD_FROM_CHECKPOINT = (
     *("image", "kind", "mode", "address", "memory", "vcpus", "irqchip", "append", "initrd"),
@@ -39,6 +40,14 @@ def load(path: str) -> Checkpoint:
     """The checkpoint in a file."""
     with working(f"loading {click.format_filename(path)}") as progress:
         return Checkpoint.load(path, progress=progress)
+
+
+def check_can_save(path: str) -> None:
+    """Refuse, before the run, a place where its end could not be saved."""
+    try:
+        check_can_replace(path)
+    except KvmaioError as error:
+        raise click.BadParameter(str(error), param_hint="--save") from None
 
 
 async def save(machine: Machine, path: str) -> None:

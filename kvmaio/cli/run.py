@@ -25,7 +25,7 @@ from .image import KINDS, PC_KINDS, ImageChoice, read_image
 from .live import live
 from .repeat import Repeat
 from .reports import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TIMEOUT, explain, say, show_statistics
-from .resume import BOARD_FROM_CHECKPOINT, check_board, load, save
+from .resume import BOARD_FROM_CHECKPOINT, check_board, check_can_save, load, save
 
 __all__ = ["run"]
 
@@ -304,6 +304,8 @@ def run(
     options = Options(
         image=choice, from_=saved, repeat=repeat, irqchip=irqchip, until=until, **others
     )
+    if options.save is not None:
+        check_can_save(options.save)
     if (reason := why_no_guest(options.cpu)) is not None:
         say(f"no guest can run here. {reason}. `kvmaio doctor` tells more")
         return EXIT_ERROR
