@@ -193,8 +193,11 @@ class RestingVCpu:
         The processor's clocks go on, and KVM hands some values back in another form.
 
         Raises:
-            ConfigurationError: it is in the middle of an access that could not be served.
+            ConfigurationError: it is not at rest, or in the middle of an access that could not
+                be served.
         """
+        if not self._at_rest:
+            raise ConfigurationError(f"{self.name} must be drained before it is saved")
         if self._exit_due and not self._service.is_final():
             raise ConfigurationError(
                 f"{self.name} cannot be saved: {self._service.describe_exit()} could not be served"

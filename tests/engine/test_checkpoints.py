@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import operator
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,15 +25,20 @@ from kvmaio import (
     Stopped,
     UnmappedAccess,
     VCpuState,
+    snapshot,
 )
 from kvmaio.boot import Flat
-from kvmaio.checkpoint import SavedCpu
+from kvmaio.checkpoint import SavedCpu, inspect
 from kvmaio.cpu import Context, CpuState, DescriptorTable, Segment
 from kvmaio.devices import CountdownTimer, DebugExit
 from kvmaio.errors import ConfigurationError
 from kvmaio.soundness import MachineEngine, VCpuEngine
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
+
+# Those that take a machine of the fixtures; the mark `kvm` does not keep these from running
+# without it.
+pytestmark = pytest.mark.kvmaio_cpu("kvm", "soft")
 
 IDLE, RUNNING = VCpuState.IDLE, VCpuState.RUNNING
 PENDING = VCpuState.RUNNING_MMIO_PENDING
@@ -115,12 +122,98 @@ def differing(first: Checkpoint, second: Checkpoint) -> dict[str, list[str]]:
     return found
 
 
+# Sums without an end, in all the vector or x87 registers of the kind.
+AVX_SUMS = (
+    *("mov rbx, 0x3000", *(f"vbroadcastsd ymm{n}, [rbx + {8 * n}]" for n in range(16))),
+    *("again:", *(f"vaddpd ymm{n}, ymm{n}, ymm{15 - n}" for n in range(8))),
+    *("inc qword ptr [0x5000]", "jmp again"),
+)
+X87_SUMS = (
+    *("mov rbx, 0x3000", "fninit", *(f"fld qword ptr [rbx + {8 * n}]" for n in range(1, 7))),
+    *(f"movsd xmm{n}, [rbx + {8 * n}]" for n in range(8)),
+    *("again:", *(f"fadd st(0), st({n})" for n in range(1, 6)), "addpd xmm1, xmm2"),
+    *("inc qword ptr [0x5000]", "jmp again"),
+)
+
+
 @pytest.mark.kvm
-@pytest.mark.parametrize("irqchip", [None, "kernel"])
-async def test_restored_into_itself_again_and_again(irqchip):
+@pytest.mark.parametrize(
+    "sums",
+    [
+        pytest.param(AVX_SUMS, id="avx", marks=pytest.mark.kvmaio_cpu("kvm")),
+        pytest.param(X87_SUMS, id="x87"),
+    ],
+)
+async def test_sections_of_the_files_are_identical(kvmaio_cpu, tmp_path, sums):
+    """Save, restore elsewhere, save: all but the clocks, by the checksums in the files.
+
+    The guest computes in registers of the kind that is easily forgotten.
+    """
+    if sums is AVX_SUMS and kvmaio_cpu == "soft":
+        pytest.skip("the software CPU has no AVX")
+
+    def machine() -> Machine:
+        machine = Machine(memory="2M", cpu=kvmaio_cpu)
+        machine.attach(CountdownTimer(), mmio=0xD0000000, irq=5)
+        return machine
+
+    async with deadline(30), machine() as one, machine() as other:
+        one.load(Flat(assemble(sums, "user64", 0x1000), 0x1000, "user64"))
+        one.memory.write(0x3000, struct.pack("<16d", *(n + 0.5 for n in range(16))))
+        run = asyncio.create_task(one.run())
+        for number in range(3):
+            at = counted(one)
+            await until(functools.partial(has_counted_on, one, at))
+            (tmp_path / "before").unlink(missing_ok=True)
+            first = await one.checkpoint()
+            first.save(tmp_path / "before")
+            await other.restore(first)
+            second = await other.checkpoint()
+            second.save(tmp_path / "after")
+            before, after = (
+                {section.name: section.checksum for section in inspect(tmp_path / name).sections}
+                for name in ("before", "after")
+            )
+            same = {name for name, checksum in before.items() if after[name] == checksum}
+            assert same >= {"cpus", "devices", "statistics", "memory"}, number
+            assert first.engine == second.engine
+            assert differing(first, second).keys() <= {"machine", "vm"}
+            assert first.cpus[0].state.xsave is not None
+            assert any(first.cpus[0].state.xsave[160:416])  # XMM registers
+        one.stop()
+        await run
+
+
+def has_counted_on(machine: Machine, at: int) -> bool:
+    return counted(machine) != at
+
+
+@pytest.mark.kvm
+async def test_saving_while_running_is_an_error(pair):
+    """capture() of a machine that is not at rest; checkpoint() itself drains."""
+    machine, _ = pair()
+    machine.attach(Diary(), pio=0x60)
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(lambda: counted(machine))
+        for what in (lambda: snapshot.capture(machine), machine.vcpus[0].save):
+            with pytest.raises(ConfigurationError, match="cpu0 must be drained before it is saved"):
+                what()
+        machine.stop()
+        await run
+        with pytest.raises(ConfigurationError, match="cpu0 must be drained"):
+            snapshot.capture(machine)
+        assert (await machine.checkpoint()).memory == (await machine.checkpoint()).memory
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("irqchip", [None, "devices", "kernel"])
+async def test_restored_into_itself_again_and_again(irqchip, kvmaio_cpu):
     """Reset: memory written by guest, device and view goes back, and so do registers."""
+    if (irqchip, kvmaio_cpu) == ("kernel", "soft"):
+        pytest.skip("the kernel's interrupt controllers are KVM's")
     lines = ("mov bx, 0x5000", "again: inc word ptr [bx]", "out 0x60, al", "jmp again")
-    async with deadline(), Machine(memory="1M", irqchip=irqchip) as machine:
+    async with deadline(), Machine(memory="1M", irqchip=irqchip, cpu=kvmaio_cpu) as machine:
         diary = machine.attach(Diary(), pio=0x60)
         machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
         machine.memory.write(0x6000, b"kept")
@@ -456,7 +549,7 @@ ODD_ALARMS: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 async def test_parts_that_make_no_sense_are_refused_and_change_nothing(boot):
     """Their checksums are right; each is named, and the machine goes on as it was."""
     machine = boot("again: inc word ptr [0x5000]", "jmp again")
@@ -536,7 +629,7 @@ class Strict(Device):
         assert state["of"].keys() == {"value"}
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 async def test_a_device_that_fails_in_any_way_refuses(boot):
     machine = boot("hlt")
     machine.attach(Strict(), pio=0x60)

@@ -38,6 +38,10 @@ from tests.scripted import (
     scripted_machine,
 )
 
+# Those that take a machine of the fixtures; the mark `kvm` does not keep these from running
+# without it.
+pytestmark = pytest.mark.kvmaio_cpu("kvm", "soft")
+
 IDLE, RUNNING = VCpuState.IDLE, VCpuState.RUNNING
 PENDING, SERVICE = VCpuState.RUNNING_MMIO_PENDING, VCpuState.RUNNING_SERVICE
 SPIN = ("spin: jmp spin",)
@@ -169,7 +173,7 @@ async def test_injected_event_holds_it(monkeypatch):
         assert machine.vcpus[0].interrupts.maskable
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 async def test_injected_event_is_taken_first(boot):
     """The same on a real CPU: the guest goes on until it is in the handler."""
     machine = boot(
@@ -200,7 +204,7 @@ NMI_HANDLER = (
 )
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 @pytest.mark.parametrize("restored", [False, True], ids=["drained", "restored"])
 async def test_nmi_that_waits_for_the_end_of_another_ones_handler(boot, restored):
     """It is state, and no reason to wait: it is taken once, behind the IRET."""
@@ -224,7 +228,7 @@ async def test_nmi_that_waits_for_the_end_of_another_ones_handler(boot, restored
     assert [entry[3] for entry in diary.entries] == [1, 2, 2][: 2 + restored]
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 async def test_nmi_while_drained_is_taken_afterwards(boot):
     machine = boot(*NMI_HANDLER)
     diary = machine.attach(Diary(), pio=0x60)
@@ -739,7 +743,7 @@ async def brief_fork(machine: Machine, saved: Checkpoint) -> None:
     await copy.close()
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 @pytest.mark.parametrize("brief", [brief_checkpoint, brief_restore, brief_fork])
 async def test_run_that_begins_while_somebody_takes_a_checkpoint(boot, brief):
     """It is nobody's drain to resume: run() goes on from there, and can be stopped meanwhile."""
@@ -760,7 +764,7 @@ async def test_run_that_begins_while_somebody_takes_a_checkpoint(boot, brief):
             await busy
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 async def test_run_is_refused_while_the_user_drains_too(boot):
     machine = boot(*SPIN)
     async with deadline(), machine.drained():
@@ -788,7 +792,7 @@ class Draining(Device):
         return 0
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 @pytest.mark.parametrize("through", ["task", "two tasks", "wait_for"])
 async def test_refused_through_a_task_that_the_handler_awaits(boot, through):
     async def drain() -> None:
@@ -851,7 +855,7 @@ async def test_timeout_of_a_drain_that_a_handler_has_started_says_so(boot):
     )
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.kvm
 async def test_task_that_a_handler_starts_and_does_not_await_may_drain(boot):
     tasks: list[asyncio.Task[None]] = []
 

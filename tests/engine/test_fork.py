@@ -25,7 +25,7 @@ from tests.assembler import assemble
 from tests.engine.support import deadline, until
 from tests.leftovers import Held, no_more_than
 
-pytestmark = pytest.mark.kvmaio_cpu("kvm", "soft")
+pytestmark = [pytest.mark.kvm, pytest.mark.kvmaio_cpu("kvm", "soft")]
 
 # Waits until the port gives something else than 0, and ends with it.
 WAITING = (
