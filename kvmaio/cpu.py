@@ -289,7 +289,11 @@ class CpuModel(Protocol):
         """All state; the guest must not be running, and no access may be pending."""
 
     def write_state(self, saved: CpuState) -> None:
-        """Push all state; what is refused is reported once, not lost in silence."""
+        """Push all state. What the model has not got is reported once, not lost in silence.
+
+        Raises:
+            HostError: the host refused other state; it is in no defined state.
+        """
 
     def wait_for_sipi(self) -> None:
         """Be an application processor that nobody has started; only with `has_lapic`."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from ..cpu import CpuState
 from ..errors import ConfigurationError, HostError
@@ -59,8 +59,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 XSAVE_SIZE = 4096  # of the classic kvm_xsave
 _XSTATE_BV = slice(512, 520)  # in the XSAVE header: which components are not in their initial state
@@ -274,22 +272,16 @@ def set_state(
     *,
     cpuid: Sequence[CpuidEntry] | None = None,
 ) -> tuple[str, ...]:
-    """Put all state of the vCPU; returns, and logs once as one line, what the host refused.
+    """Put all state of the vCPU. What this host has not got, single MSRs and components of the
+    XSAVE area, is left out: returned, and logged once as one line.
 
     Args:
         cpuid: the table, for a vCPU that has not got it yet.
 
     Raises:
-        HostError: the host refused the registers themselves, without which nothing runs.
+        HostError: the host refused anything else; some of the state may have been put.
     """
     refused: list[str] = []
-
-    def put(what: str, setter: Callable[[_T], object], value: _T) -> None:
-        try:
-            setter(value)
-        except HostError as error:
-            refused.append(f"{what} ({error})")
-
     # The order matters.
     # CPUID first: it decides which bits of CR4, EFER, XCR0 and which MSRs exist.
     if cpuid is not None:
@@ -297,23 +289,23 @@ def set_state(
     # The registers before the MSRs and the LAPIC: EFER and the APIC base are among them, and KVM
     # takes a LAPIC's state in the format (xAPIC, x2APIC) that the APIC base says.
     set_context(fd, state.context)
-    put("debug registers", lambda values: set_debug_registers(fd, values), state.debug_registers)
+    set_debug_registers(fd, state.debug_registers)
     # XCR0 before the components that it enables.
     if state.xcrs:
-        put("XCRs", lambda values: set_xcrs(fd, values), state.xcrs)
+        set_xcrs(fd, state.xcrs)
     if state.xsave is not None:
-        put("XSAVE", lambda xsave: _put_xsave(kvm, vm, fd, xsave, refused), state.xsave)
+        _put_xsave(kvm, vm, fd, state.xsave, refused)
     # The MSRs behind the LAPIC: its timer must be in deadline mode before it takes a deadline.
     if state.lapic is not None:
-        put("LAPIC", lambda lapic: set_lapic(fd, lapic), state.lapic)
+        set_lapic(fd, state.lapic)
     if missing := set_msrs(fd, state.msrs):
         refused.append(describe_msrs(missing, len(state.msrs)))
     if state.mp_state is not None and state.mp_state != get_mp_state(fd):
-        put("MP state", lambda mp_state: set_mp_state(fd, mp_state), state.mp_state)
+        set_mp_state(fd, state.mp_state)
     # Events last: KVM_SET_REGS drops a pending exception, and a LAPIC or an MP state may
     # change what is on its way.
     if state.events is not None:
-        put("events", lambda events: set_events(fd, events), state.events)
+        set_events(fd, state.events)
     _report(refused)
     return tuple(refused)
 

@@ -68,6 +68,7 @@ struct registers {
 #define CR4_PSE (1u << 4)
 #define CR4_PAE (1u << 5)
 #define CR4_SMAP (1u << 21)
+#define MXCSR_RESERVED 0xffff0000u
 #define EFER_SCE 1u
 #define EFER_LMA (1u << 10)
 
@@ -112,7 +113,7 @@ struct library {
 	INSIDE(DECLARE)
 #undef DECLARE
 	size_t state_offset; /* of an engine's registers from its CPU */
-	size_t xcr0_offset, cr8_offset, fault_offset, debug_offset; /* within these */
+	size_t xcr0_offset, cr8_offset, fault_offset, debug_offset, mxcsr_offset; /* within these */
 	size_t old_exception_offset;
 };
 
@@ -207,6 +208,7 @@ struct cpu {
 	int64_t slice_began_ns;
 	uint64_t elements; /* of repeated strings that the slice may still execute */
 	struct flags flags; /* when it began */
+	uint32_t mxcsr;     /* then, or before it */
 	int counted;  /* it was taken from `left`, and is given back if it is not executed */
 	union attention attention;
 	enum stop stop;
@@ -273,6 +275,11 @@ static inline uint64_t efer(const struct cpu *cpu)
 	return *field64(cpu, EFER_OFFSET);
 }
 
+static inline uint32_t mxcsr(const struct cpu *cpu)
+{
+	return *(const uint32_t *)((const uint8_t *)cpu->registers + kvmaio_library.mxcsr_offset);
+}
+
 /* Does the guest take an external interrupt now? */
 static inline int takes_interrupts(const struct cpu *cpu)
 {
@@ -289,6 +296,7 @@ void kvmaio_set_rflags(struct cpu *cpu, uint64_t value);
 void kvmaio_flush_tlb(struct cpu *cpu);
 void kvmaio_flush_code(struct cpu *cpu);
 void kvmaio_forget_accesses(struct cpu *cpu);
+void kvmaio_set_mxcsr(struct cpu *cpu, uint32_t value);
 
 /* _memory.c */
 int kvmaio_linear(struct cpu *cpu, uint64_t linear, void *data, size_t size, int write);

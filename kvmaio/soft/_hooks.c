@@ -153,11 +153,26 @@ static int look(struct cpu *cpu, uint64_t address)
 	return 0;
 }
 
+/* The instruction before has loaded another MXCSR; with reserved bits, it is to be a #GP, and
+ * its run ends here: see `refuse_mxcsr()`. Of a block, nobody knows which instruction it was. */
+static int look_at_mxcsr(struct cpu *cpu)
+{
+	if (!(mxcsr(cpu) & MXCSR_RESERVED))
+		cpu->mxcsr = mxcsr(cpu);
+	else if (cpu->hooked_for_counting)
+		return stop_here(cpu, STOP_BOUNDARY);
+	else
+		kvmaio_set_mxcsr(cpu, mxcsr(cpu));
+	return 0;
+}
+
 /* Before each instruction while counting, else before each block. */
 static void on_step(uc_engine *engine, uint64_t address, uint32_t size, void *user)
 {
 	struct cpu *cpu = user;
 	(void)engine, (void)size;
+	if (unlikely(mxcsr(cpu) != cpu->mxcsr) && look_at_mxcsr(cpu))
+		return;
 	if (unlikely((address == cpu->pc) | !cpu->left | !!cpu->attention.any) &&
 	    look(cpu, address))
 		return;

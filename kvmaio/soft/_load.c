@@ -138,7 +138,18 @@ static const char *find_fields(uc_engine *engine)
 		if (before[at / 8] == 1 && *(uint64_t *)(state + at) == 3)
 			kvmaio_library.xcr0_offset = at;
 	registers->cr[4] &= ~(1ull << 18);
-	return kvmaio_library.xcr0_offset ? NULL : "XCR0 is elsewhere";
+	if (!kvmaio_library.xcr0_offset)
+		return "XCR0 is elsewhere";
+	uint32_t mxcsr = 0x1f80;
+	uc(uc_reg_write, engine, UC_X86_REG_MXCSR, &mxcsr);
+	memcpy(before, state, sizeof before);
+	mxcsr = 0x1fc0;
+	uc(uc_reg_write, engine, UC_X86_REG_MXCSR, &mxcsr);
+	for (size_t at = EFER_OFFSET; at < STATE_SIZE; at += 4)
+		if (*(uint32_t *)((uint8_t *)before + at) == 0x1f80 &&
+		    *(uint32_t *)(state + at) == 0x1fc0)
+			kvmaio_library.mxcsr_offset = at;
+	return kvmaio_library.mxcsr_offset ? NULL : "MXCSR is elsewhere";
 }
 
 /* ---- on guest code ---------------------------------------------------------------- */

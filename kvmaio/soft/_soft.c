@@ -147,11 +147,34 @@ static int leave_undefined(struct cpu *cpu)
 	return gave_up(cpu);
 }
 
+#define GENERAL_PROTECTION 13
+
+/* LDMXCSR, FXRSTOR and XRSTOR refuse reserved bits (SDM vol. 1, 10.2.3). The engine does not, and
+ * no processor would take its state: it is seen when the instruction is over, and what else that
+ * has loaded stays. Within a block, nobody knows which one it was. */
+static int refuse_mxcsr(struct cpu *cpu)
+{
+	struct registers *registers = cpu->registers;
+	registers->rip = cpu->pc - registers->segments[CS].base;
+	if (!(registers->hflags & HFLAG_CS64))
+		registers->rip = (uint32_t)registers->rip;
+	kvmaio_set_mxcsr(cpu, cpu->mxcsr);
+	kvmaio_give_back(cpu);
+	/* The next one may have led to a fault, but it is not its turn. */
+	*(int *)((uint8_t *)registers + kvmaio_library.old_exception_offset) = -1;
+	return kvmaio_deliver(cpu, GENERAL_PROTECTION, 0, !!(registers->cr[0] & CR0_PE), 0);
+}
+
 static int start_engine(struct cpu *cpu)
 {
 	int error = 0;
 	cpu->stop = STOP_NOT;
 	uc_err gave = uc(uc_emu_start, cpu->engine, cpu->registers->rip, 0, 0, 0);
+	if (unlikely(mxcsr(cpu) & MXCSR_RESERVED)) {
+		if (cpu->hooked_for_counting && cpu->pc != NOWHERE)
+			return refuse_mxcsr(cpu) < 0 ? exits(cpu, KVM_EXIT_SHUTDOWN) : GO_ON;
+		kvmaio_set_mxcsr(cpu, mxcsr(cpu));
+	}
 	switch (cpu->stop) {
 	case STOP_NOT:
 		if (gave != UC_ERR_OK)
@@ -477,6 +500,7 @@ static int open_engine(struct cpu *cpu)
 		return -EINVAL;
 	cpu->registers = (void *)((uint8_t *)cpu->engine_cpu + kvmaio_library.state_offset);
 	cpu->registers->hflags2 |= HFLAG2_OWN_CR8;
+	cpu->mxcsr = mxcsr(cpu);
 	int error = kvmaio_map_all(cpu);
 	if (!error)
 		error = kvmaio_add_hooks(cpu);

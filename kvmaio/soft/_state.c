@@ -174,6 +174,12 @@ static void put(struct cpu *cpu, int reg, uint64_t value)
 	uc(uc_reg_write, cpu->engine, reg, &value);
 }
 
+void kvmaio_set_mxcsr(struct cpu *cpu, uint32_t value)
+{
+	cpu->mxcsr = value & ~MXCSR_RESERVED;
+	put(cpu, UC_X86_REG_MXCSR, cpu->mxcsr);
+}
+
 void kvmaio_soft_get_fpu(kvmaio_soft *public, uint8_t *area)
 {
 	struct cpu *cpu = (struct cpu *)public;
@@ -188,7 +194,7 @@ void kvmaio_soft_get_fpu(kvmaio_soft *public, uint8_t *area)
 	image->fop = get(cpu, UC_X86_REG_FOP);
 	image->fip = get(cpu, UC_X86_REG_FIP);
 	image->fdp = get(cpu, UC_X86_REG_FDP);
-	image->mxcsr = get(cpu, UC_X86_REG_MXCSR);
+	image->mxcsr = get(cpu, UC_X86_REG_MXCSR) & ~MXCSR_RESERVED;
 	image->mxcsr_mask = 0xffff;
 	for (int i = 0; i < 8; i++)
 		uc(uc_reg_read, cpu->engine, UC_X86_REG_ST0 + i, image->st[i]);
@@ -207,7 +213,7 @@ void kvmaio_soft_set_fpu(kvmaio_soft *public, const uint8_t *area)
 	for (int i = 0; i < 16; i++)
 		uc(uc_reg_write, cpu->engine, UC_X86_REG_XMM0 + i, image->xmm[i]);
 	put(cpu, UC_X86_REG_FPCW, image->fcw);
-	put(cpu, UC_X86_REG_MXCSR, image->mxcsr);
+	kvmaio_set_mxcsr(cpu, image->mxcsr);
 	put(cpu, UC_X86_REG_FOP, image->fop);
 	put(cpu, UC_X86_REG_FIP, image->fip);
 	put(cpu, UC_X86_REG_FDP, image->fdp);

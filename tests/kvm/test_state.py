@@ -478,26 +478,49 @@ def test_the_tsc_deadline_survives(kvm, vm, second_vm, make_vcpu):
     assert state.get_msrs(second.fd, [TSC_DEADLINE]) == {TSC_DEADLINE: deadline}
 
 
-def test_what_is_refused_is_one_summary_once(kvm, vm, vcpu, caplog):
+def test_msrs_and_components_that_are_refused_are_one_summary_once(kvm, vm, vcpu, caplog):
     saved = state.get_state(kvm, vm, vcpu.fd)
     saved.msrs |= {NO_SUCH_MSR + n: 1 for n in range(100)}
-    saved.mp_state = HALTED
-    saved.lapic = bytes(0x400)
-    saved.xcrs = {0: 1 << 40 | 1}
+    area = bytearray(an_xsave(kvm, vcpu, avx=False))
+    area[512:520] = (1 << 40 | 0b11).to_bytes(8, "little")
+    saved.xsave = bytes(area)
     with caplog.at_level(logging.WARNING):
         refused = state.set_state(kvm, vm, vcpu.fd, saved)
         assert state.set_state(kvm, vm, vcpu.fd, saved) == refused
-    assert [part.partition(" (")[0].partition(":")[0] for part in refused] == [
-        "XCRs",
-        "LAPIC",
+    assert [part.partition(":")[0] for part in refused] == [
+        "XSAVE components 40",
         f"100 of {len(saved.msrs)} MSRs",
-        "MP state",
     ]
     (record,) = caplog.records
     assert record.getMessage() == (
         f"this host refused part of a vCPU's state: {'; '.join(refused)}"
     )
-    assert "without an in-kernel local APIC a vCPU can only be runnable" in record.getMessage()
+
+
+def _mxcsr_with_reserved_bits(saved: CpuState) -> CpuState:
+    assert saved.xsave is not None
+    area = bytearray(saved.xsave)
+    area[24:28], area[512] = b"\xff" * 4, 0b11  # which says that it is there
+    return attrs.evolve(saved, xsave=bytes(area))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "operation"),
+    [
+        (lambda saved: attrs.evolve(saved, xcrs={0: 1 << 40 | 1}), "KVM_SET_XCRS"),
+        (_mxcsr_with_reserved_bits, "KVM_SET_XSAVE: .*reserved bits of MXCSR"),
+        (lambda saved: attrs.evolve(saved, lapic=bytes(0x400)), "KVM_SET_LAPIC"),
+        (
+            lambda saved: attrs.evolve(saved, mp_state=HALTED),
+            "KVM_SET_MP_STATE.*a vCPU can only be runnable",
+        ),
+    ],
+    ids=["XCRs", "XSAVE", "LAPIC", "MP state"],
+)
+def test_any_other_state_that_is_refused_is_an_error(kvm, vm, vcpu, spoil, operation):
+    saved = spoil(state.get_state(kvm, vm, vcpu.fd))
+    with pytest.raises(HostError, match=operation):
+        state.set_state(kvm, vm, vcpu.fd, saved)
 
 
 def test_xsave_components_that_this_host_lacks_are_left_out(kvm, vm, vcpu):
