@@ -18,6 +18,7 @@ __all__ = [
     "CpuState",
     "DescriptorTable",
     "EntryResult",
+    "ModelSettings",
     "PostedWrite",
     "Segment",
     "SystemState",
@@ -156,6 +157,19 @@ class CpuState:
     msrs: dict[int, int] = attrs.field(factory=dict)
 
 
+@attrs.frozen
+class ModelSettings:
+    """What somebody has set on a CPU model, beside the guest's state; another one takes it over.
+
+    Attributes:
+        counting: exact instruction counts, of a model that has the choice.
+        breakpoints: linear addresses.
+    """
+
+    counting: bool = True
+    breakpoints: tuple[int, ...] = ()
+
+
 class SystemState(NamedTuple):
     """What few instructions look at; the parts are those of `CpuState`."""
 
@@ -226,6 +240,8 @@ class CpuModel(Protocol):
     """The shortest time limit that the model can keep."""
     has_lapic: bool
     """A local APIC of the model's own takes the interrupts, and takes them at any time."""
+    counts_instructions: bool
+    """It counts them by itself: `instructions` is known, if it was at first."""
     page: Any
     io_words: dict[int, Any]
     """Access size -> the page as an array of words of that size, for port I/O data."""
@@ -258,7 +274,21 @@ class CpuModel(Protocol):
         """Guest instructions since the last reset; None where that is unknown."""
 
     def recount(self, count: int | None) -> None:
-        """The guest is where it had executed `count` instructions; 0 after a reset."""
+        """The guest is where it had executed `count` instructions, None if that is unknown; 0
+        after a reset.
+        """
+
+    @property
+    def settings(self) -> ModelSettings:
+        """What was set on it, or on the model before."""
+
+    def use_settings(self, settings: ModelSettings) -> None:
+        """Take over another model's.
+
+        Raises:
+            ConfigurationError: it cannot have so many breakpoints.
+            HostError: the host can set none.
+        """
 
     def is_waiting(self) -> bool:
         """Does the guest wait inside of the model, halted or for a start-up IPI?"""

@@ -71,7 +71,7 @@ class Entry:
         self._host_factor = host_factor
         hz = getattr(model, "host_hz", HOST_HZ)  # a model's own clock, where it has one
         self._milli_cycles_per_us = int(hz * host_factor) // 1000
-        self._counts = model.instructions is not None
+        self._counts = model.counts_instructions
         self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._executed_ns = 0  # host time of the last entry
         self._was_half = False
@@ -82,6 +82,7 @@ class Entry:
     def use_model(self, model: CpuModel) -> None:
         """Enter the guest by `model` from now on, which has been given the registers."""
         self.model = model
+        self._counts = model.counts_instructions
         self.registers.use_model(model)
         if self.events is not None:
             self.events.fail(ConfigurationError("another CPU model has taken over meanwhile"))
@@ -304,10 +305,14 @@ class Entry:
         self.stats.numVMHalfEntries += 1
 
     def recount(self, count: int | None) -> None:
-        """The guest is where it had executed `count` instructions; 0 after a reset."""
+        """The guest is where it had executed `count` instructions, None if that is unknown; 0
+        after a reset.
+        """
         self.model.recount(count)
         if self.events is not None:
             self.events.resume_at(count)
+        # A count that nobody goes on with is told as unknown by the next entry.
+        self._counts = self.model.counts_instructions or (bool(count) and self.events is None)
 
     # ---- the model's registers ----------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
+
 from . import snapshot
 from .cloning import Copies
 from .errors import ConfigurationError
@@ -30,6 +32,11 @@ async def fork(machine: Machine, count: int) -> list[Machine]:
             await _equip(copy, machine)
             copy.hypercall = machine.hypercall
             await copy.restore(checkpoint)
+            for original, vcpu in zip(machine.vcpus, copy.vcpus, strict=True):
+                settings = original.model.settings
+                if original.is_debugged:  # whoever answers its breakpoints is not copied
+                    settings = attrs.evolve(settings, breakpoints=())
+                vcpu.model.use_settings(settings)
             machine.check_open()  # nobody would close the copies with it
     except BaseException:
         for copy in copies:

@@ -26,6 +26,8 @@ class InstructionStop(Protocol):
 
     counts_always: bool
     """`counted` is since reset. Else it is of entries behind `arm()` only, from 0."""
+    lost: bool
+    """Nobody knows what `counted` is since the reset, and it is since any moment."""
     loses_interrupts: bool
     """What the handler of an interrupt executes cannot be counted."""
     counted: int
@@ -82,7 +84,7 @@ class InstructionEvents:
         self._armed = False
         self._since_reset: int | None = None  # the count at `counted` 0; None: unknown
         self.fired = self.stepping = False
-        if stop.counts_always or fresh:
+        if fresh or (stop.counts_always and not stop.lost):
             self.reset()
 
     def reset(self) -> None:
@@ -100,7 +102,9 @@ class InstructionEvents:
     @property
     def count(self) -> int | None:
         """Instructions executed since the reset; None if somebody ran them uncounted."""
-        return None if self._since_reset is None else self._stop.counted + self._since_reset
+        if self._since_reset is None or self._stop.lost:
+            return None
+        return self._stop.counted + self._since_reset
 
     @property
     def pending(self) -> bool:
@@ -113,13 +117,16 @@ class InstructionEvents:
         """A future for the count.
 
         Raises:
-            ConfigurationError: negative, or the count since reset is unknown.
+            ConfigurationError: negative, or the count since reset is unknown; or the model
+                cannot stop at present.
         """
+        if (reason := self._stop.refusal()) is not None:
+            raise ConfigurationError(f"no instruction events here: {reason}")
         if count < 0:
             raise ConfigurationError(f"instruction {count}: counted from 0")
         target = self._stop.counted + count
         if not from_now:
-            if self._since_reset is None:
+            if self._since_reset is None or self._stop.lost:
                 raise ConfigurationError(_UNKNOWN)
             target = count - self._since_reset
         future = asyncio.get_running_loop().create_future()
@@ -229,6 +236,6 @@ class InstructionEvents:
 
 
 _UNKNOWN = (
-    "how many instructions this vCPU has executed is unknown: it has run, and this host counts "
-    "only while it single-steps. Ask before the first run, or with from_now=True"
+    "how many instructions this vCPU has executed is unknown: it has run where nobody counted "
+    "(KVM counts only while it single-steps). Ask before the first run, or with from_now=True"
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .arrival import Arrival
-from .cpu import Context, CpuModel, CpuState, EntryResult, PostedWrite
+from .cpu import Context, CpuModel, CpuState, EntryResult, ModelSettings, PostedWrite
 from .errors import ConfigurationError, KvmaioError
 from .simulation import SimulationLoop
 from .stats import CpuStatistics
@@ -44,6 +44,7 @@ class TimedCpu:
         self.model = model
         self.kind = model.kind
         self.has_lapic = model.has_lapic
+        self.counts_instructions = model.counts_instructions
         self.resolution_ns = 1  # the loop splits and adds up as it needs
         self.page: Any = model.page
         self.io_words = model.io_words
@@ -268,6 +269,13 @@ class TimedCpu:
 
     def recount(self, count: int | None) -> None:
         self.model.recount(count)
+
+    @property
+    def settings(self) -> ModelSettings:
+        return self.model.settings
+
+    def use_settings(self, settings: ModelSettings) -> None:
+        self.model.use_settings(settings)
 
     def is_waiting(self) -> bool:
         return self.model.is_waiting()

@@ -511,6 +511,11 @@ class VCpu(BurstingVCpu):
         """Have `handler` answer hypercalls."""
         self._service.hypercall = handler
 
+    @property
+    def is_debugged(self) -> bool:
+        """Does somebody take its breakpoints?"""
+        return self._service.on_debug is not None
+
     def on_debug(self, handler: Callable[[VCpu], None] | None) -> None:
         """Have `handler` take breakpoints; without one they are errors."""
         self._service.on_debug = handler

@@ -212,7 +212,6 @@ class RestingVCpu:
                 state = attrs.evolve(
                     state, lapic=fresh.lapic, events=fresh.events, mp_state=fresh.mp_state
                 )
-        events = self._entry.events
         engine = {
             "active": self._resumes,
             "fresh": self._fresh,
@@ -222,9 +221,16 @@ class RestingVCpu:
             "was_stepped": self.was_stepped,
             "vectors": self.interrupts.pending,
             "nmi": self.interrupts.nmi,
-            "instructions": self.stats.numInsts if events is None else events.count,
+            "instructions": self._instructions(),
         }
         return SavedCpu(state, engine)
+
+    def _instructions(self) -> int | None:
+        """How many the guest has executed since its reset, if anybody knows."""
+        if self._fresh:
+            return 0
+        events = self._entry.events
+        return self.model.instructions if events is None else events.count
 
     def restore(self, saved: SavedCpu) -> None:
         """Take back what `save()` gave, at rest; see `drain`."""
@@ -248,10 +254,11 @@ class RestingVCpu:
         for vector in engine["vectors"]:
             self.interrupts.add(vector)
         self.interrupts.nmi = bool(engine["nmi"])
-        if engine["instructions"] is not None and self.model.instructions is None:
+        count = 0 if self._fresh else engine["instructions"]
+        if count and not self.model.counts_instructions:
             with contextlib.suppress(ConfigurationError):  # a host that cannot count
                 self._events()  # which knows it until the guest runs uncounted
-        self._entry.recount(engine["instructions"])
+        self._entry.recount(count)
 
     def take_over(self, model: CpuModel) -> CpuModel:
         """Go on with `model` (gem5: switchOut, takeOverFrom); the other one, to be closed.
@@ -259,7 +266,9 @@ class RestingVCpu:
         All state goes over at once; what `model` cannot hold it reports.
 
         Raises:
-            ConfigurationError: not at rest, or `model` is the present one.
+            ConfigurationError: not at rest, or `model` is the present one, or cannot have the
+                breakpoints.
+            HostError: the host refused some of the state.
         """
         if not self._at_rest:
             raise ConfigurationError(f"{self.name} must be drained before another model takes over")
@@ -268,6 +277,7 @@ class RestingVCpu:
         saved, switched_out = self.save(), self.model
         try:
             self._use_model(model)
+            model.use_settings(switched_out.settings)
             self.restore(saved)
         except BaseException:
             self._use_model(switched_out)

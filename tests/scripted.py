@@ -23,7 +23,7 @@ import attrs
 
 import kvmaio.machine
 from kvmaio import Context, Machine
-from kvmaio.cpu import SEGMENTS, TABLES, CpuState, EntryResult, PostedWrite
+from kvmaio.cpu import SEGMENTS, TABLES, CpuState, EntryResult, ModelSettings, PostedWrite
 from kvmaio.decode import Reason
 from kvmaio.kvm._native import ffi
 
@@ -161,6 +161,8 @@ class ScriptedCpu:
     kind = "scripted"
     resolution_ns = 50_000
     has_lapic = False
+    counts_instructions = False
+    settings = ModelSettings()
 
     def __init__(self, *steps: Step, executed_ns: int = 0) -> None:
         self._memory = ffi.new("char[]", 2 * PAGE)
@@ -235,6 +237,9 @@ class ScriptedCpu:
 
     def has_injected_event(self) -> bool:
         return self.injected_for > 0
+
+    def use_settings(self, settings: ModelSettings) -> None:
+        self.settings = settings
 
     def kick(self) -> None:
         self.log.append("kick")

@@ -8,7 +8,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
-from ..cpu import Context, CpuState, EntryResult, PostedWrite
+from ..cpu import Context, CpuState, EntryResult, ModelSettings, PostedWrite
 from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from . import state
@@ -64,6 +64,7 @@ class KvmCpu:
     """
 
     kind = "kvm"
+    counts_instructions = False
 
     def __init__(self, hub: Hub, vm: KvmVm, index: int, has_lapic: bool) -> None:
         self._hub = hub
@@ -112,6 +113,7 @@ class KvmCpu:
         self._suspended_fast: Any = None
         self._stop: SingleStepper | None = None
         self._breakpoints: tuple[int, ...] = ()
+        self._others_counting = True  # of the model before, for the one behind
         self._arrival = Arrival(hub.loop)
         self._inside = False
         self._promotion = Promotion(hub.costs)
@@ -206,6 +208,15 @@ class KvmCpu:
 
     def recount(self, count: int | None) -> None:
         pass
+
+    @property
+    def settings(self) -> ModelSettings:
+        return ModelSettings(self._others_counting, self._breakpoints)
+
+    def use_settings(self, settings: ModelSettings) -> None:
+        self._others_counting = settings.counting
+        if settings.breakpoints != self._breakpoints:
+            self.set_breakpoints(settings.breakpoints)
 
     def is_waiting(self) -> bool:
         return self.has_lapic and state.get_mp_state(self.fd) != lib.KVM_MP_STATE_RUNNABLE

@@ -54,7 +54,7 @@ _TRAPS_0F = {0x05: "SYSCALL", 0x34: "SYSENTER"}
 class SingleStepper:
     """One KVM vCPU's `kvmaio.instruction_events.InstructionStop`: exact, one entry each."""
 
-    counts_always = False
+    counts_always = lost = False
 
     def __init__(self, cpu: KvmCpu) -> None:
         self._cpu = cpu

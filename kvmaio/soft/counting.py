@@ -16,7 +16,7 @@ class SoftStop:
     """See `kvmaio.instruction_events.InstructionStop`.
 
     Attributes:
-        reset_at: the CPU's ticks at the reset.
+        reset_at: the CPU's ticks at the reset; None: nobody knows what was executed since.
         until: those at which the entry is to end, in however many slices it is run, or None.
     """
 
@@ -25,17 +25,21 @@ class SoftStop:
 
     def __init__(self, cpu: SoftCpu) -> None:
         self._cpu = cpu
-        self.reset_at = 0
+        self.reset_at: int | None = 0
         self.until: int | None = None
 
     @property
     def counted(self) -> int:
-        """Instructions since the reset."""
-        return int(self._cpu.handle.ticks) - self.reset_at
+        """Instructions since the reset, or since any moment if those are lost."""
+        return int(self._cpu.handle.ticks) - (self.reset_at or 0)
 
-    def reset(self, count: int = 0) -> None:
-        """Count from `count` on."""
-        self.reset_at = int(self._cpu.handle.ticks) - count
+    @property
+    def lost(self) -> bool:
+        return self.reset_at is None or not self._cpu.counting
+
+    def reset(self, count: int | None) -> None:
+        """Count from `count` on; None: it is lost."""
+        self.reset_at = None if count is None else int(self._cpu.handle.ticks) - count
 
     def refusal(self) -> str | None:
         if not self._cpu.counting:

@@ -15,7 +15,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
-from ..cpu import Context, CpuState, EntryResult, PostedWrite, SystemState
+from ..cpu import Context, CpuState, EntryResult, ModelSettings, PostedWrite, SystemState
 from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from ..kvm.context import context_from, store
@@ -69,6 +69,7 @@ class SoftCpu:
 
     kind = "soft"
     has_lapic = False
+    counts_instructions = True
 
     def __init__(self, machine: SoftMachine, index: int, clock_hz: int) -> None:
         self.index = index
@@ -106,7 +107,8 @@ class SoftCpu:
         self._began = 0  # the limit of what `begin()` began
         self._is_part = False
         self._before = 0  # ticks at the last entry
-        self._uncounted = False
+        self._counted_until: int | None = None  # its ticks, where it does not count since then
+        self._breakpoints: tuple[int, ...] = ()
         self._ticks_are_ns = clock_hz == 1_000_000_000
         self._fd = self.handle.arrived_fd
         self._loop.add_reader(self._fd, self._arrived)
@@ -249,10 +251,10 @@ class SoftCpu:
 
     @property
     def instructions(self) -> int | None:
-        return None if self._uncounted else self.handle.ticks - self.instruction_stop.reset_at
+        return None if self.instruction_stop.lost else self.instruction_stop.counted
 
     def recount(self, count: int | None) -> None:
-        self.instruction_stop.reset(count or 0)
+        self.instruction_stop.reset(count)
 
     @property
     def counting(self) -> bool:
@@ -261,9 +263,23 @@ class SoftCpu:
 
     @counting.setter
     def counting(self, on: bool) -> None:
+        ticks = int(self.handle.ticks)
+        if on and self._counted_until not in (None, ticks):
+            self.instruction_stop.reset(None)
+        if on:
+            self._counted_until = None
+        elif self._counted_until is None:
+            self._counted_until = ticks
         self.handle.counting = on
-        self._uncounted = not on
-        self._ticks_are_ns = self._uncounted or self.host_hz == 1_000_000_000
+        self._ticks_are_ns = not on or self.host_hz == 1_000_000_000
+
+    @property
+    def settings(self) -> ModelSettings:
+        return ModelSettings(self.counting, self._breakpoints)
+
+    def use_settings(self, settings: ModelSettings) -> None:
+        self.counting = settings.counting
+        self.set_breakpoints(settings.breakpoints)
 
     # ---- state ------------------------------------------------------------------
 
@@ -428,6 +444,7 @@ class SoftCpu:
         table = ffi.new("uint64_t[]", list(addresses))
         if lib.kvmaio_soft_set_breakpoints(self.handle, table, len(addresses)):
             raise ConfigurationError(f"{len(addresses)} breakpoints are too many")
+        self._breakpoints = tuple(addresses)
 
     def set_watchpoints(self, watchpoints: Sequence[Watchpoint]) -> None:
         """Areas at whose accesses an entry ends with a `DebugEventExit`, behind the instruction.

@@ -406,6 +406,7 @@ class Counting:
     """An `InstructionStop` of a model that always counts; each entry executes what it may."""
 
     counts_always = True
+    lost = False
     loses_interrupts = False
 
     def __init__(self, *executes: int) -> None:

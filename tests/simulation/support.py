@@ -76,7 +76,7 @@ class ScriptedModel:
     """
 
     kind = "scripted"
-    has_lapic = False
+    has_lapic = counts_instructions = False
     resolution_ns = 1
     page = io_words = mmio_word = None
 
