@@ -102,22 +102,56 @@ def read_inputs(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Inpu
     """The facts and inputs of a recording.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: it is none; says the line.
+        OSError: the file cannot be read.
     """
-    inputs = []
-    try:
-        with open(path, encoding="ascii") as file:
-            head = json.loads(file.readline())
-            if {key: head.get(key) for key in FORMAT} != FORMAT:
-                raise ValueError("its first line is not of this version's")
-            facts = dict(head["facts"])
-            for line in file:
-                entry = json.loads(line)
-                entry["data"] = bytes.fromhex(entry["data"])
-                inputs.append(Input(**entry))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ConfigurationError(f"{os.fspath(path)} is no recording of inputs: {error}") from None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        facts: dict[str, Any] = {}
+        inputs: list[Input] = []
+        number = 0
+        for number, line in enumerate(file, 1):
+            try:
+                if number == 1:
+                    facts = _facts(json.loads(line))
+                else:
+                    inputs.append(_input(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise _no_recording(path, f"line {number}: {error}") from None
+    if not number:
+        raise _no_recording(path, "it is empty")
     return facts, inputs
+
+
+def _no_recording(path: str | os.PathLike[str], why: str) -> ConfigurationError:
+    return ConfigurationError(f"{os.fspath(path)} is no recording of inputs: {why}")
+
+
+def _facts(head: Any) -> dict[str, Any]:
+    if not isinstance(head, dict) or {key: head.get(key) for key in FORMAT} != FORMAT:
+        raise ValueError("it is not of this version")
+    facts = head.get("facts")
+    if not isinstance(facts, dict):
+        raise ValueError("it has no facts")
+    return facts
+
+
+def _input(entry: Any) -> Input:
+    fields = {field.name for field in attrs.fields(Input)}
+    if not isinstance(entry, dict) or entry.keys() != fields:
+        raise ValueError(f"it is not an input, which has {', '.join(sorted(fields))}")
+    time_ns, instructions = entry["time_ns"], entry["instructions"]
+    if not _is_count(time_ns):
+        raise ValueError(f"time_ns is {time_ns!r}, and no number of nanoseconds")
+    if instructions is not None and not _is_count(instructions):
+        raise ValueError(f"instructions is {instructions!r}, and no number of them")
+    for name in ("device", "data"):
+        if not isinstance(entry[name], str):
+            raise ValueError(f"{name} is {entry[name]!r}, and no text")
+    return Input(time_ns, instructions, entry["device"], bytes.fromhex(entry["data"]))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 class _Recorder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -69,3 +70,27 @@ def test_usage(echo, tmp_path):
     result = kvmaio("run", echo, "--replay", str(inputs))
     assert result.returncode == 2
     assert "is no recording of inputs" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("started", "why"),
+    [("garbage", "Invalid isoformat"), (5, "no text"), ("2026-01-01T00:00:00", "time zone")],
+    ids=str,
+)
+def test_a_clock_that_began_at_no_time_is_refused(echo, tmp_path, started, why):
+    inputs = tmp_path / "inputs"
+    inputs.write_text(json.dumps({"kvmaio inputs": 1, "facts": {"clock_started": started}}) + "\n")
+    result = kvmaio("run", echo, "--replay", str(inputs))
+    assert result.returncode == 2
+    line = error_line(result)
+    assert "is no recording of inputs: line 1: clock_started is" in line and why in line
+
+
+def test_a_damaged_input_is_refused(echo, tmp_path):
+    inputs = tmp_path / "inputs"
+    entry = {"time_ns": "x", "instructions": 1, "device": "uart", "data": "61"}
+    head = {"kvmaio inputs": 1, "facts": {}}
+    inputs.write_text(f"{json.dumps(head)}\n{json.dumps(entry)}\n")
+    result = kvmaio("run", echo, "--replay", str(inputs))
+    assert result.returncode == 2
+    assert "is no recording of inputs: line 2: time_ns is 'x'" in error_line(result)

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import click
 
+from ..errors import ConfigurationError
 from ..machine import Machine
 from ..replay import read_inputs, recording, replaying
 
@@ -51,8 +52,7 @@ class Repeat:
         if replay is None:
             return cls(record, None, datetime.now(UTC).replace(microsecond=0))
         facts, _ = read_inputs(replay)
-        started = facts.get(CLOCK_STARTED)
-        return cls(None, replay, None if started is None else datetime.fromisoformat(started))
+        return cls(None, replay, _clock_start(facts.get(CLOCK_STARTED), replay))
 
     def __bool__(self) -> bool:
         return self.record is not None or self.replay is not None
@@ -63,3 +63,19 @@ class Repeat:
             assert self.clock_start is not None
             return recording(machine, self.record, **{CLOCK_STARTED: self.clock_start.isoformat()})
         return nullcontext() if self.replay is None else replaying(machine, self.replay)
+
+
+def _clock_start(started: object, path: str) -> datetime | None:
+    if started is None:
+        return None
+    try:
+        if not isinstance(started, str):
+            raise ValueError("no text")
+        start = datetime.fromisoformat(started)
+        if start.tzinfo is None:
+            raise ValueError("without a time zone")
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{path} is no recording of inputs: line 1: {CLOCK_STARTED} is {started!r}: {error}"
+        ) from None
+    return start

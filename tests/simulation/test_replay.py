@@ -94,22 +94,50 @@ async def test_refused_without_simulated_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "why"),
     [
-        "",
-        "no JSON\n",
-        "[]\n",
-        '{"kvmaio inputs": 2, "facts": {}}\n',
-        '{"kvmaio inputs": 1}\n',
-        '{"kvmaio inputs": 1, "facts": {}}\n{"time_ns": 1}\n',
-        '{"kvmaio inputs": 1, "facts": {}}\n{"time_ns": 1, "instructions": 1, "device": "x", '
-        '"data": "zz"}\n',
+        ("", "empty"),
+        ("no JSON\n", "line 1: Expecting value"),
+        ("[]\n", "line 1: .* version"),
+        ("\0\xff\n", "line 1: "),
+        ("[" * 100_000 + "\n", "line 1: "),
+        ('{"kvmaio inputs": 2, "facts": {}}\n', "line 1: .* version"),
+        ('{"kvmaio inputs": 1}\n', "line 1: .* no facts"),
+        ('{"kvmaio inputs": 1, "facts": [["a", 1]]}\n', "line 1: .* no facts"),
     ],
+    ids=str,
 )
-def test_foreign_files_are_refused(tmp_path, content):
+def test_foreign_files_are_refused(tmp_path, content, why):
     path = tmp_path / "inputs"
-    path.write_text(content)
-    with pytest.raises(ConfigurationError, match="is no recording of inputs"):
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=f"is no recording of inputs: .*{why}"):
+        read_inputs(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"time_ns": "x"}, "time_ns is 'x'"),
+        ({"time_ns": -5}, "time_ns is -5"),
+        ({"time_ns": True}, "time_ns is True"),
+        ({"time_ns": 1 << 63}, "time_ns is 92"),
+        ({"time_ns": float("nan")}, "time_ns is nan"),
+        ({"instructions": "1"}, "instructions is '1'"),
+        ({"device": ["x"]}, r"device is \['x'\]"),
+        ({"data": 61}, "data is 61"),
+        ({"data": "zz"}, "non-hexadecimal"),
+        ({"more": 1}, "not an input"),
+        (None, "not an input"),
+    ],
+    ids=str,
+)
+def test_damaged_inputs_are_refused_with_their_line(tmp_path, change, why):
+    good = {"time_ns": 1, "instructions": None, "device": "uart", "data": "61"}
+    bad = {} if change is None else good | change
+    lines = [{"kvmaio inputs": 1, "facts": {}}, good, bad]
+    path = tmp_path / "inputs"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigurationError, match=f"recording of inputs: line 3: .*{why}"):
         read_inputs(path)
 
 
