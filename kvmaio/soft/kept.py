@@ -5,11 +5,12 @@ from __future__ import annotations
 import attrs
 
 from ..cpu import CpuState
-from .msrs import MSRS
+from .msrs import MSRS, is_as_after_reset
 
 __all__ = ["Kept"]
 
 _LEGACY = 576  # the XSAVE area's x87 and SSE part, and its header
+_AVX, _AVX_END = 2, 832  # a component, and where what follows it begins
 _XSTATE_BV = slice(512, 520)
 _X87_SSE = 0b11
 
@@ -28,7 +29,7 @@ class Kept:
         self._lapic: bytes | None = None
 
     def keep(self, state: CpuState) -> str:
-        """Remember it; returns what it is in words, or nothing."""
+        """Remember it; returns in words what of it is not as after a reset, or nothing."""
         self._xsave, self._components = None, 0
         if state.xsave is not None:
             present = int.from_bytes(state.xsave[_XSTATE_BV], "little")
@@ -42,15 +43,32 @@ class Kept:
 
     def _describe(self) -> str:
         parts = []
-        if self._components:
-            names = [str(bit) for bit in range(2, 64) if self._components >> bit & 1]
+        if components := self._significant():
+            names = [str(bit) for bit in range(2, 64) if components >> bit & 1]
             parts.append(f"XSAVE components {', '.join(names)}")
         if self._lapic is not None:
             parts.append("the local APIC")
-        if any(self._msrs.values()):
-            names = [f"{index:#x}" for index, value in sorted(self._msrs.items()) if value]
+        names = [
+            f"{index:#x}"
+            for index, value in sorted(self._msrs.items())
+            if not is_as_after_reset(index, value)
+        ]
+        if names:
             parts.append(f"MSRs {', '.join(names)}")
         return "; ".join(parts)
+
+    def _significant(self) -> int:
+        """The components with something in them: they may be marked, and be all zeros, which is
+        their initial state (SDM vol. 1, 13.6). Behind AVX's, places differ between processors.
+        """
+        if self._xsave is None:
+            return 0
+        components = self._components
+        if not any(self._xsave[_LEGACY:_AVX_END]):
+            components &= ~(1 << _AVX)
+        if not any(self._xsave[_AVX_END:]):
+            components &= 1 << _AVX
+        return components
 
     def give_back(self, state: CpuState) -> CpuState:
         """`state` with what was kept."""

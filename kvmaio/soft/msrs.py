@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MSRS"]
+__all__ = ["MSRS", "is_as_after_reset"]
 
 MSRS = (
     0x10,  # TSC
@@ -15,3 +15,27 @@ MSRS = (
     *(0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084),  # SYSCALL
     *(0xC0000102, 0xC0000103),  # KERNEL_GS_BASE, TSC_AUX
 )
+
+# Of those that only KVM has: what tells of the processor, and no guest can write,
+_INFORMATION = frozenset(
+    {
+        0x8B,  # microcode revision
+        0xCE,  # PLATFORM_INFO
+        0x10A,  # ARCH_CAPABILITIES
+        0x345,  # PERF_CAPABILITIES
+        *range(0x480, 0x494),  # what VMX can do
+    }
+)
+# and what is not 0 after a reset (KVM: kvm_vcpu_reset, kvm_arch_vcpu_create).
+_RESET = {
+    0x9E: 0x30000,  # SMBASE
+    0x1A0: 1,  # MISC_ENABLE: fast strings
+    0xC0000104: 1 << 32,  # TSC_RATIO: 1.0
+    0xC0010015: 1 << 24,  # HWCR: the time stamp counter's frequency is fixed
+    0x4B564D05: 1,  # KVM's, for the host's polling
+}
+
+
+def is_as_after_reset(index: int, value: int) -> bool:
+    """Is there nothing to an MSR of KVM's that somebody would miss?"""
+    return index in _INFORMATION or value in (0, _RESET.get(index, 0))
