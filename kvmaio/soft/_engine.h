@@ -69,6 +69,8 @@ struct registers {
 #define CR4_PAE (1u << 5)
 #define CR4_SMAP (1u << 21)
 #define MXCSR_RESERVED 0xffff0000u
+#define MXCSR_DAZ 0x40u
+#define MXCSR_FTZ 0x8000u
 #define EFER_SCE 1u
 #define EFER_LMA (1u << 10)
 
@@ -114,6 +116,7 @@ struct library {
 #undef DECLARE
 	size_t state_offset; /* of an engine's registers from its CPU */
 	size_t xcr0_offset, cr8_offset, fault_offset, debug_offset, mxcsr_offset; /* within these */
+	size_t x87_flush_offset, sse_flush_offset; /* of tiny results to 0: a byte each */
 	size_t old_exception_offset;
 };
 
@@ -280,6 +283,12 @@ static inline uint32_t mxcsr(const struct cpu *cpu)
 	return *(const uint32_t *)((const uint8_t *)cpu->registers + kvmaio_library.mxcsr_offset);
 }
 
+/* Does x87's arithmetic flush tiny results to 0? It never should. */
+static inline uint8_t *x87_flush(const struct cpu *cpu)
+{
+	return (uint8_t *)cpu->registers + kvmaio_library.x87_flush_offset;
+}
+
 /* Does the guest take an external interrupt now? */
 static inline int takes_interrupts(const struct cpu *cpu)
 {
@@ -297,6 +306,7 @@ void kvmaio_flush_tlb(struct cpu *cpu);
 void kvmaio_flush_code(struct cpu *cpu);
 void kvmaio_forget_accesses(struct cpu *cpu);
 void kvmaio_set_mxcsr(struct cpu *cpu, uint32_t value);
+void kvmaio_mxcsr_changed(struct cpu *cpu);
 
 /* _memory.c */
 int kvmaio_linear(struct cpu *cpu, uint64_t linear, void *data, size_t size, int write);

@@ -158,7 +158,7 @@ static int look(struct cpu *cpu, uint64_t address)
 static int look_at_mxcsr(struct cpu *cpu)
 {
 	if (!(mxcsr(cpu) & MXCSR_RESERVED))
-		cpu->mxcsr = mxcsr(cpu);
+		kvmaio_mxcsr_changed(cpu);
 	else if (cpu->hooked_for_counting)
 		return stop_here(cpu, STOP_BOUNDARY);
 	else
@@ -171,7 +171,7 @@ static void on_step(uc_engine *engine, uint64_t address, uint32_t size, void *us
 {
 	struct cpu *cpu = user;
 	(void)engine, (void)size;
-	if (unlikely(mxcsr(cpu) != cpu->mxcsr) && look_at_mxcsr(cpu))
+	if (unlikely((mxcsr(cpu) != cpu->mxcsr) | *x87_flush(cpu)) && look_at_mxcsr(cpu))
 		return;
 	if (unlikely((address == cpu->pc) | !cpu->left | !!cpu->attention.any) &&
 	    look(cpu, address))

@@ -94,6 +94,37 @@ static uint8_t *state_of(uc_engine *engine)
 	       kvmaio_library.state_offset;
 }
 
+static void write_mxcsr(uc_engine *engine, uint32_t value)
+{
+	uc(uc_reg_write, engine, UC_X86_REG_MXCSR, &value);
+}
+
+/* MXCSR, and what it switches: see `kvmaio_mxcsr_changed()`. The modes of x87's arithmetic and of
+ * SSE's lie alike: flushing tiny inputs to 0 is the byte behind flushing tiny results. */
+static const char *find_mxcsr(uc_engine *engine, const uint8_t *state)
+{
+	static uint8_t before[STATE_SIZE];
+	const uint32_t none = 0x1f80, ftz = none | MXCSR_FTZ, daz = none | MXCSR_DAZ;
+	write_mxcsr(engine, none);
+	memcpy(before, state, sizeof before);
+	write_mxcsr(engine, ftz);
+	for (size_t at = EFER_OFFSET; at + 4 <= STATE_SIZE; at++) {
+		if (!memcmp(before + at, &none, 4) && !memcmp(state + at, &ftz, 4))
+			kvmaio_library.mxcsr_offset = at;
+		if (before[at] == 0 && state[at] == 1)
+			kvmaio_library.x87_flush_offset = at;
+	}
+	write_mxcsr(engine, daz);
+	for (size_t at = EFER_OFFSET; at < STATE_SIZE; at++)
+		if (before[at] == 0 && state[at] == 1)
+			kvmaio_library.sse_flush_offset = at - 1;
+	write_mxcsr(engine, none);
+	if (!kvmaio_library.mxcsr_offset || !kvmaio_library.x87_flush_offset ||
+	    !kvmaio_library.sse_flush_offset)
+		return "MXCSR is elsewhere";
+	return NULL;
+}
+
 static const char *find_fields(uc_engine *engine)
 {
 	uint8_t *state = state_of(engine);
@@ -140,16 +171,7 @@ static const char *find_fields(uc_engine *engine)
 	registers->cr[4] &= ~(1ull << 18);
 	if (!kvmaio_library.xcr0_offset)
 		return "XCR0 is elsewhere";
-	uint32_t mxcsr = 0x1f80;
-	uc(uc_reg_write, engine, UC_X86_REG_MXCSR, &mxcsr);
-	memcpy(before, state, sizeof before);
-	mxcsr = 0x1fc0;
-	uc(uc_reg_write, engine, UC_X86_REG_MXCSR, &mxcsr);
-	for (size_t at = EFER_OFFSET; at < STATE_SIZE; at += 4)
-		if (*(uint32_t *)((uint8_t *)before + at) == 0x1f80 &&
-		    *(uint32_t *)(state + at) == 0x1fc0)
-			kvmaio_library.mxcsr_offset = at;
-	return kvmaio_library.mxcsr_offset ? NULL : "MXCSR is elsewhere";
+	return find_mxcsr(engine, state);
 }
 
 /* ---- on guest code ---------------------------------------------------------------- */

@@ -500,7 +500,7 @@ static int open_engine(struct cpu *cpu)
 		return -EINVAL;
 	cpu->registers = (void *)((uint8_t *)cpu->engine_cpu + kvmaio_library.state_offset);
 	cpu->registers->hflags2 |= HFLAG2_OWN_CR8;
-	cpu->mxcsr = mxcsr(cpu);
+	kvmaio_mxcsr_changed(cpu);
 	int error = kvmaio_map_all(cpu);
 	if (!error)
 		error = kvmaio_add_hooks(cpu);

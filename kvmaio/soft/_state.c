@@ -174,10 +174,19 @@ static void put(struct cpu *cpu, int reg, uint64_t value)
 	uc(uc_reg_write, cpu->engine, reg, &value);
 }
 
+/* The engine takes FTZ for x87's, and not for SSE's. */
+void kvmaio_mxcsr_changed(struct cpu *cpu)
+{
+	uint8_t *state = (uint8_t *)cpu->registers;
+	cpu->mxcsr = mxcsr(cpu);
+	*x87_flush(cpu) = 0;
+	state[kvmaio_library.sse_flush_offset] = !!(cpu->mxcsr & MXCSR_FTZ);
+}
+
 void kvmaio_set_mxcsr(struct cpu *cpu, uint32_t value)
 {
-	cpu->mxcsr = value & ~MXCSR_RESERVED;
-	put(cpu, UC_X86_REG_MXCSR, cpu->mxcsr);
+	put(cpu, UC_X86_REG_MXCSR, value & ~MXCSR_RESERVED);
+	kvmaio_mxcsr_changed(cpu);
 }
 
 void kvmaio_soft_get_fpu(kvmaio_soft *public, uint8_t *area)

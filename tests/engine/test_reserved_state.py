@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import attrs
 import pytest
@@ -139,3 +140,21 @@ async def test_a_restore_that_the_host_refuses_is_an_error(monkeypatch):
         machine.attach(DebugExit(), pio=0xF4)
         with pytest.raises(HostError, match="KVM_SET_XSAVE"):
             await machine.restore(checkpoint)
+
+
+# FTZ is SSE's alone: 1e-30 * 1e-10 is a denormal in single precision.
+FLUSHES = (
+    *("mov dword ptr [0x9000], 0x0da24260", "mov dword ptr [0x9004], 0x2edbe6ff"),
+    *("mov dword ptr [0x9008], 0x9f80", "ldmxcsr [0x9008]", "ldmxcsr [0x9008]"),
+    *("movss xmm0, [0x9000]", "mulss xmm0, [0x9004]", "movss [0x9010], xmm0"),
+    *("fninit", "fld dword ptr [0x9000]", "fmul dword ptr [0x9004]", "fstp dword ptr [0x9014]"),
+    *EXIT,
+)
+
+
+async def test_tiny_results_are_flushed_where_mxcsr_says_so(kvmaio_cpu):
+    async with Machine(memory="2M", cpu=kvmaio_cpu) as machine, deadline():
+        load(machine, *FLUSHES)
+        assert await machine.run() == Exited(3)
+        sse, x87 = struct.unpack("<2I", machine.memory.read(0x9010, 8))
+        assert sse == 0 and 0 < x87 < 0x80_0000
