@@ -11,9 +11,18 @@ from kvmaio.boot import Flat
 from tests.assembler import assemble
 from tests.simulation.support import MS, PATIENCE, simulate
 
-pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60 * PATIENCE)]
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.kvmaio_cpu("kvm", "soft"),
+    pytest.mark.timeout(60 * PATIENCE),
+]
 
 SPIN = ("again: inc dword ptr [0x5000]", "jmp again")
+
+
+def machine_for(cpu: str, vcpus: int = 1) -> Machine:
+    """Where each instruction is executed one by one, a second has few of them."""
+    return Machine(memory="1M", cpu=cpu, vcpus=vcpus, clock_hz=10_000_000)
 
 
 class Ticker(Device):
@@ -34,9 +43,9 @@ class Ticker(Device):
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_drain_restore_and_go_on(vcpus):
+def test_drain_restore_and_go_on(kvmaio_cpu, vcpus):
     async def main() -> None:
-        async with Machine(memory="1M", vcpus=vcpus) as machine:
+        async with machine_for(kvmaio_cpu, vcpus) as machine:
             ticker = machine.attach(Ticker(), mmio=0xD0000000)
             machine.load(Flat(assemble(SPIN, "real16", 0x1000), 0x1000))
             run = asyncio.create_task(machine.run())
@@ -59,12 +68,12 @@ def test_drain_restore_and_go_on(vcpus):
     simulate(main())
 
 
-def test_into_a_machine_of_a_younger_loop():
+def test_into_a_machine_of_a_younger_loop(kvmaio_cpu):
     """The loop of a fresh process begins at 0; the machine's clock does not."""
     taken = []
 
     async def first() -> None:
-        async with Machine(memory="1M") as machine:
+        async with machine_for(kvmaio_cpu) as machine:
             machine.attach(Ticker(), mmio=0xD0000000)
             machine.load(Flat(assemble(SPIN, "real16", 0x1000), 0x1000))
             run = asyncio.create_task(machine.run())
@@ -74,7 +83,7 @@ def test_into_a_machine_of_a_younger_loop():
             await run
 
     async def second() -> None:
-        async with Machine(memory="1M") as machine:
+        async with machine_for(kvmaio_cpu) as machine:
             ticker = machine.attach(Ticker(), mmio=0xD0000000)
             await machine.restore(taken[0])
             assert ticker.ticks == 1000
@@ -89,9 +98,9 @@ def test_into_a_machine_of_a_younger_loop():
     simulate(second())
 
 
-def test_a_drain_takes_hardly_any_simulated_time():
+def test_a_drain_takes_hardly_any_simulated_time(kvmaio_cpu):
     async def main() -> None:
-        async with Machine(memory="1M") as machine:
+        async with machine_for(kvmaio_cpu) as machine:
             machine.load(Flat(assemble(SPIN, "real16", 0x1000), 0x1000))
             run = asyncio.create_task(machine.run())
             await asyncio.sleep(0.01)

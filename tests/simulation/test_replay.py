@@ -14,10 +14,12 @@ from kvmaio.boot import Flat
 from kvmaio.devices import Uart16550
 from kvmaio.errors import ConfigurationError
 from kvmaio.replay import Input, read_inputs, recording, replaying
+from kvmaio.trace import Record
 from tests.assembler import assemble
 from tests.simulation.support import PATIENCE, simulate
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60 * PATIENCE)]
+on_both = pytest.mark.kvmaio_cpu("kvm", "soft")
 
 # Halts; the handler of IRQ 4 (vector 0x24) echoes each byte, and a zero ends it.
 ECHO = (
@@ -42,13 +44,18 @@ class Timed(Uart16550):
         await super().send(data)
 
 
-async def session(path: Path, how, pieces: list[bytes]) -> Timed:
-    """A guest that echoes what a socket brings, at times that the world decides."""
+async def session(
+    cpu: str, path: Path, how, pieces: list[bytes]
+) -> tuple[Timed, list[Record], int | None]:
+    """A guest that echoes what a socket brings, at times that the world decides: the console, the
+    trace and the count of instructions.
+    """
+    records: list[Record] = []
     ours, theirs = socket.socketpair()
-    async with Machine(memory="1M") as machine:
+    async with Machine(memory="1M", cpu=cpu) as machine:
         uart = machine.attach(Timed(), pio=0x3F8, irq=4)
         machine.load(Flat(assemble(ECHO, "real16", 0x1000), 0x1000))
-        with how(machine, path):
+        with how(machine, path), machine.trace(records.append):
             await uart.connect_socket(ours)
             run = asyncio.create_task(machine.run())
             for piece in pieces:
@@ -57,20 +64,27 @@ async def session(path: Path, how, pieces: list[bytes]) -> Timed:
                     theirs.sendall(piece)
             async with asyncio.timeout(10), real_time():
                 await run
+        instructions = machine.vcpus[0].stats.numInsts
     theirs.close()
-    return uart
+    return uart, records, instructions
 
 
-def test_the_same_input_at_the_same_times(tmp_path):
+@on_both
+def test_the_same_input_at_the_same_times(kvmaio_cpu, tmp_path):
     path = tmp_path / "inputs"
-    first = simulate(session(path, recording, [b"a", b"bc", b"d", b"\0"]))
+    pieces = [b"a", b"bc", b"d", b"\0"]
+    first, trace, count = simulate(session(kvmaio_cpu, path, recording, pieces))
     assert first.output == b"abcd"
-    second = simulate(session(path, replaying, [b"noise", b"noise"]))
+    second, again, recount = simulate(session(kvmaio_cpu, path, replaying, [b"noise", b"noise"]))
     assert (second.got, second.output) == (first.got, b"abcd")
     facts, inputs = read_inputs(path)
     assert facts == {}
     assert [(each.time_ns, each.data) for each in inputs] == first.got
     assert {each.device for each in inputs} == {"timed0"}
+    if kvmaio_cpu == "soft":  # which is exact: all that is traced, with its times
+        assert len(trace) > 20 and again == trace
+        assert count is not None and recount == count
+        assert all(each.instructions is not None for each in inputs)
 
 
 def test_facts_are_kept(tmp_path):
