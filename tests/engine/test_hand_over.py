@@ -45,6 +45,20 @@ USER = (
     *("dec ecx", "jnz again", "mov al, 1", "out 0xf4, al"),
 )
 
+# The same computation again and again, until somebody writes to 0x9000; R12 counts rounds whose
+# result is another one than the first's. So the end does not tell how many rounds there were.
+ROUNDS = (
+    *("xor r12d, r12d", "xor r13d, r13d", "round: fninit", "fldpi", "fld1", "xor r14d, r14d"),
+    *("xor r15d, r15d", "pxor xmm1, xmm1", "pxor xmm3, xmm3", "mov ecx, 20000"),
+    *("again: mov eax, ecx", "imul rax, rax, 7919", "add r15, rax", "cvtsi2sd xmm1, rax"),
+    *("sqrtsd xmm2, xmm1", "addsd xmm3, xmm2", "fadd st, st(1)", "fsqrt", "movq rbx, xmm3"),
+    *("xor r14, rbx", "push r14", "pop qword ptr [0x100000 + rcx * 8]", "dec ecx", "jnz again"),
+    *("fst qword ptr [0x9010]", "mov rax, r14", "ror rax, 7", "add rax, r15"),
+    *("xor rax, [0x9010]", "test r13, r13", "jnz known", "mov r13, rax", "known: cmp r13, rax"),
+    *("je same", "inc r12", "same: cmp byte ptr [0x9000], 0", "je round"),
+    *("mov al, 1", "out 0xf4, al"),
+)
+
 ARITHMETIC = 0x8D5  # CF, PF, AF, ZF, SF, OF
 ROUNDING = 0x20  # the sticky flag of inexact results, which the models find at other times
 
@@ -164,9 +178,34 @@ async def test_what_the_other_model_cannot_hold_comes_back():
         assert vcpu.model.read_state().xcrs[0] & 4
 
 
+async def test_400_hand_overs_of_an_active_run_change_nothing():
+    """Wherever the guest happens to be; it ends as one that was never handed over."""
+    ends, where = [], set()
+    async with deadline(50):
+        for switches in (0, 400):
+            async with Machine(memory="4M", cpu="kvm") as machine:
+                machine.attach(DebugExit(), pio=0xF4)
+                machine.load(Flat(assemble(ROUNDS, "user64", 0x1000), 0x1000, "user64"))
+                (vcpu,) = machine.vcpus
+                run = asyncio.create_task(machine.run())
+                for number in range(switches):
+                    await asyncio.sleep(0.0005)
+                    async with machine.drained():
+                        where.add((vcpu.context.rip, vcpu.context.rcx))
+                        await machine.switch_cpu(OTHER[vcpu.model.kind])
+                    assert vcpu.model.kind == ("soft", "kvm")[number % 2] and not run.done()
+                machine.memory.write(0x9000, b"\1")
+                assert await run == Exited(3)
+                async with machine.drained():  # which completes the access
+                    end = defined(vcpu.model.read_state())
+                    ends.append((end, machine.memory.read(0, machine.memory.size)))
+    assert ends[0] == ends[1] and ends[1][0]["r12"] == 0
+    assert len(where) > 300  # it has gone on between them
+
+
 @pytest.mark.skipif(not SEABIOS.exists(), reason=f"no {SEABIOS}: apt-get install seabios")
 async def test_seabios_with_another_cpu_every_half_second():
-    """The same debug text as without."""
+    """The same debug text as without, to the end."""
     texts, switched = [], 0
     async with deadline(55):
         for every_s in (None, 0.5):
@@ -182,6 +221,7 @@ async def test_seabios_with_another_cpu_every_half_second():
                         switched += 1
                 machine.stop()
                 await run
+                assert b"No bootable device." in console.output
                 lines = console.output.splitlines()
                 texts.append(sorted(li for li in lines if not li.startswith(b"CPU Mhz=")))
     assert texts[0] == texts[1]

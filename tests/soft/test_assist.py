@@ -49,6 +49,13 @@ KERNEL = (
 )
 
 
+SYSTEM = (
+    *("cs", "ds", "es", "fs", "gs", "ss", "tr", "gdt", "idt"),
+    *("cr0", "cr2", "cr3", "cr4", "cr8", "efer"),
+)
+ADJUST = 0x10  # which the last XOR leaves undefined
+
+
 async def finish(cpu: str, **options: object):
     async with Machine(cpu=cpu, cpuid="host", **options) as machine:  # type: ignore[arg-type]
         window = machine.attach(Window(), mmio=AT)
@@ -59,7 +66,8 @@ async def finish(cpu: str, **options: object):
         state = vcpu.model.read_state()
         assert state.xsave is not None
         context = state.context
-        registers = [getattr(context, name) for name in GENERAL if name != "rflags"]
+        registers: dict[str, Any] = {name: getattr(context, name) for name in (*GENERAL, *SYSTEM)}
+        registers["rflags"] &= ~ADJUST
         fpu = (state.xsave[:2], state.xsave[32:416])
         memory = machine.memory.read(0x8000, 0x2000)
         return registers, fpu, memory, window.log, vcpu.stats.numAssists

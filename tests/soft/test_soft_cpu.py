@@ -18,6 +18,7 @@ from kvmaio.devices import DebugExit
 from kvmaio.exits import DebugEventExit, HaltExit, InterruptedExit, IoExit, MmioExit
 from kvmaio.soft.cpu import SoftCpu
 from kvmaio.timed_cpu import TimedCpu
+from kvmaio.trace import Record
 from tests.assembler import assemble
 from tests.engine.support import deadline
 
@@ -227,15 +228,23 @@ INTERRUPTED = (
 )
 
 
-async def simulated_run() -> tuple[object, ...]:
+async def simulated_run(trace: Path) -> tuple[object, ...]:
     async with Machine(cpu="soft", memory="1M") as machine:
+        records: list[Record] = []
         machine.attach(Pacer(), pio=0x10, irq=8)
         machine.load(Flat(assemble(INTERRUPTED, "real16", 0x1000), 0x1000))
         async with deadline(30):
-            assert await machine.run() == Halted()
+            with machine.trace(records.append), machine.trace(trace):
+                assert await machine.run() == Halted()
         (vcpu,) = machine.vcpus
         digest = hashlib.sha256(machine.memory.read(0, 1 << 20)).hexdigest()
-        return digest, vcpu.dump(), vcpu.stats.as_dict(), machine.clock.now_ns
+        statistics = vcpu.stats.as_dict()
+        return digest, vcpu.dump(), statistics, machine.clock.now_ns, records
+
+
+def simulated(trace: Path) -> tuple[object, ...]:
+    result = kvmaio.run(simulated_run(trace), time="simulated")
+    return *result, trace.read_bytes()
 
 
 class Alarmed(Device):
@@ -309,8 +318,9 @@ def test_an_instruction_count_is_reached_within_simulated_time():
     assert alone == kvmaio.run(run(1, 2, 3, 699, 701, 1999), time="simulated") == (2002, 2002)
 
 
-def test_the_same_program_makes_the_same_run():
-    first = kvmaio.run(simulated_run(), time="simulated")
+def test_the_same_program_makes_the_same_run(tmp_path):
+    """Memory, registers, counts, time, and a trace of all that happens, also as a file."""
+    first = simulated(tmp_path / "first.json")
     # A busy host, whose threads take the processor and the GIL away at any moment.
     stop = threading.Event()
     threads = [
@@ -319,7 +329,7 @@ def test_the_same_program_makes_the_same_run():
     try:
         for thread in threads:
             thread.start()
-        second = kvmaio.run(simulated_run(), time="simulated")
+        second = simulated(tmp_path / "second.json")
     finally:
         stop.set()
         for thread in threads:
@@ -327,3 +337,5 @@ def test_the_same_program_makes_the_same_run():
     assert second == first
     statistics = first[2]
     assert isinstance(statistics, dict) and statistics["numInterrupts"] > 3
+    records = first[4]
+    assert isinstance(records, list) and len(records) > 1000
