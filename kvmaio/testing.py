@@ -22,7 +22,7 @@ from .bus import Bus
 from .clock import Clock
 from .device import Device
 from .devices import DebugExit, Uart16550
-from .lockstep import Difference, lockstep
+from .lockstep import Difference, defined_floats, lockstep
 from .machine import Machine
 from .round_trip import LostState, TellsWaits, check_round_trips
 from .strategies import BusAccess, register_accesses
@@ -36,6 +36,7 @@ __all__ = [
     "ManualClock",
     "RecordingIrq",
     "check_round_trips",
+    "defined_floats",
     "lockstep",
     "register_accesses",
     "settle",
