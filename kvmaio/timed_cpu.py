@@ -187,11 +187,12 @@ class TimedCpu:
     def _may_jump(self) -> bool:
         """The run timer has expired: is the rest of the slice idle time?
 
-        It is where the guest is halted, and where it is less than can be run. A guest that
-        the host kept from running, or that ran on a busy host, has the rest still to run.
+        It is where the guest is halted. A guest that the host kept from running, or that
+        ran on a busy host, has the rest still to run, however little it is: a run of less
+        than the model can do is a longer one, and the difference debt.
         """
         rest_ns = self._until_ns - self.local_ns
-        if rest_ns <= self.model.resolution_ns * self._factor or self.model.is_waiting():
+        if rest_ns <= 0 or self.model.is_waiting():
             self._stalled = 0
             return True
         executed_ns = self.model.executed_ns * self._factor

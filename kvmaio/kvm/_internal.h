@@ -19,6 +19,7 @@
 extern _Thread_local kvmaio_vcpu *volatile kvmaio_here __attribute__((tls_model("initial-exec")));
 
 void kvmaio_send_kick(pid_t tid);
+void kvmaio_discard_kicks(void); /* pending ones, where the signal is blocked */
 int kvmaio_set_signal_mask(int vcpu_fd);
 void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu); /* continue the present run on the native thread */
 

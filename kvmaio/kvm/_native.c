@@ -61,7 +61,7 @@ int kvmaio_init(void)
 }
 
 /* A late kick or timer must not end the next run. */
-static void discard_pending_signal(void)
+void kvmaio_discard_kicks(void)
 {
 	sigset_t set;
 	const struct timespec at_once = { 0 };
@@ -192,8 +192,6 @@ static void execute(kvmaio_vcpu *vcpu)
 	struct kvm_run *page = vcpu->page;
 	int outcome;
 
-	int64_t worked_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
-	int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
 	const uint64_t cycles_before = count_cycles(vcpu);
 	atomic_store(&vcpu->active, run_id);
 	/* A run that was kicked beforehand enters all the same, so that a pending
@@ -202,6 +200,10 @@ static void execute(kvmaio_vcpu *vcpu)
 	int timed = vcpu->limit_ns > 0 && !half;
 	int unarmed = timed ? kvmaio_run_timer_arm(&vcpu->timer, vcpu->limit_ns) : 0;
 	page->immediate_exit = half;
+	/* Behind the arming, which no guest executes. */
+	const int64_t worked_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	const int64_t started_ns = clock_ns(CLOCK_MONOTONIC);
+	int64_t entered_ns = started_ns;
 	for (;;) {
 		if (unarmed) {
 			outcome = unarmed;
@@ -225,26 +227,36 @@ static void execute(kvmaio_vcpu *vcpu)
 		/* First discard, then look: a signal swallowed here has its reason
 		 * written down already; one that comes later stays pending. */
 		if (error == EINTR)
-			discard_pending_signal();
+			kvmaio_discard_kicks();
 		if (half || atomic_load(&vcpu->kicked) >= run_id) {
 			outcome = KVMAIO_INTERRUPTED;
 			break;
 		}
 		if (timed && kvmaio_run_timer_expired(&vcpu->timer)) {
-			outcome = KVMAIO_TIMER;
-			break;
+			const int64_t now_ns = clock_ns(CLOCK_MONOTONIC);
+			if (now_ns - entered_ns >= vcpu->entry_ns) {
+				outcome = KVMAIO_TIMER;
+				break;
+			}
+			/* The host kept this thread from KVM_RUN until the time was over, or
+			 * nearly: the guest has not been reached, and a run makes progress. */
+			kvmaio_run_timer_disarm(&vcpu->timer);
+			unarmed = kvmaio_run_timer_arm(&vcpu->timer, 2 * vcpu->entry_ns);
+			entered_ns = clock_ns(CLOCK_MONOTONIC);
+			continue;
 		}
 		vcpu->unrequested++;
-	}
-	page->immediate_exit = 0;
-	atomic_store(&vcpu->active, 0);
-	if (timed) {
-		kvmaio_run_timer_disarm(&vcpu->timer);
-		discard_pending_signal();
+		entered_ns = clock_ns(CLOCK_MONOTONIC);
 	}
 	/* Added: a run that has moved here was executed elsewhere before. */
 	vcpu->inside_ns += clock_ns(CLOCK_MONOTONIC) - started_ns;
 	vcpu->executed_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - worked_ns;
+	page->immediate_exit = 0;
+	atomic_store(&vcpu->active, 0);
+	if (timed) {
+		kvmaio_run_timer_disarm(&vcpu->timer);
+		kvmaio_discard_kicks();
+	}
 	const uint64_t cycles = count_cycles(vcpu);
 	if (vcpu->executed_cycles >= 0)
 		vcpu->executed_cycles = cycles ? (int64_t)(cycles - cycles_before) : -1;

@@ -78,6 +78,7 @@ typedef struct kvmaio_vcpu {
 	int64_t executed_ns; /* host CPU time */
 	int64_t executed_cycles; /* what cycles_fd counted meanwhile; -1: unknown */
 	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
+	int64_t longest_ns;  /* of a resident's run: its longest KVM_RUN */
 	int64_t burst_ns;    /* executed by the runs of kvmaio_resident_next; the loop sets it to 0 */
 
 	/* The access that ended the run, where it is one word of 1, 2, 4 or 8 bytes (a port's
@@ -109,6 +110,7 @@ typedef struct kvmaio_vcpu {
 	pid_t tid;
 	int started;
 	kvmaio_run_timer timer; /* of its own thread */
+	int64_t entry_ns; /* a KVM_RUN that the timer ends before may have executed nothing */
 	int cycles_fd; /* counts its guest's cycles on its own thread, the owner's; or -1 */
 } kvmaio_vcpu;
 
@@ -224,6 +226,10 @@ int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
 /* On a throw-away VM: what one exit costs, and what KVM_RUN on another thread
  * than last time costs more. Any thread; takes 5 to 60 ms. */
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
+
+/* The same for getting into the guest: the shortest KVM_RUN, ended by a timer, in which
+ * the guest still got somewhere. Nanoseconds, or -errno; takes some 5 ms. */
+int64_t kvmaio_measure_entry(int kvm_fd, size_t page_size);
 
 /* The measure of all things: KVM_RUN in a loop of C that answers nothing, on the
  * calling thread, until `exits` exits have come. Nanoseconds, or -errno. The

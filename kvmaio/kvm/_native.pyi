@@ -95,6 +95,7 @@ class Lib:
     def kvmaio_measure(
         self, kvm_fd: int, page_size: int, exit_ns: CData, move_ns: CData
     ) -> int: ...
+    def kvmaio_measure_entry(self, kvm_fd: int, page_size: int) -> int: ...
 
     KVMAIO_EXIT: int
     KVMAIO_INTERRUPTED: int

@@ -97,6 +97,8 @@ static int enter_at(kvmaio_vcpu *vcpu, int half, enum clocks clocks, int64_t sta
 	*(volatile uint8_t *)&page->immediate_exit = 0;
 	int64_t inside_ns = clock_ns(CLOCK_MONOTONIC) - started_ns;
 	vcpu->inside_ns += inside_ns;
+	if (inside_ns > vcpu->longest_ns)
+		vcpu->longest_ns = inside_ns;
 	vcpu->executed_ns +=
 		clocks == EXACT ? clock_ns(CLOCK_THREAD_CPUTIME_ID) - worked_ns : inside_ns;
 	if (!error)
@@ -188,7 +190,7 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 		vcpu->run_id++;
 	vcpu->executed_ns = 0;
 	vcpu->executed_cycles = -1;
-	vcpu->inside_ns = 0;
+	vcpu->inside_ns = vcpu->longest_ns = 0;
 	vcpu->limit_ns = limit_ns;
 	vcpu->resident_run = 1;
 	atomic_store(&vcpu->active, vcpu->run_id);
@@ -324,8 +326,12 @@ static int enter_until(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t dea
 	now_ns = clock_ns(CLOCK_MONOTONIC);
 	if (limit_ns > 0) {
 		vcpu->limit_ns -= now_ns - started_ns;
-		if (vcpu->limit_ns <= 0)
-			return time_is_up(vcpu);
+		if (vcpu->limit_ns <= 0) {
+			if (vcpu->longest_ns >= vcpu->entry_ns)
+				return time_is_up(vcpu);
+			/* In pieces too small to get into the guest: a run makes progress. */
+			vcpu->limit_ns = 2 * vcpu->entry_ns;
+		}
 	}
 	/* A whole slice without an exit, and time left: from now on somebody watches. */
 	if (may_watch && !watched && now_ns >= slice_end_ns && slice_end_ns < deadline_ns) {

@@ -185,7 +185,7 @@ int kvmaio_fast_has_posted(kvmaio_fast *fast);
 uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);
 typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } kvmaio_run_timer;
 typedef struct kvmaio_vcpu {
-    kvmaio_run_timer timer;
+    kvmaio_run_timer timer; int64_t entry_ns;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
     int64_t executed_ns, executed_cycles, inside_ns, burst_ns, access; int cycles_fd, burst_end;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
@@ -229,6 +229,7 @@ void kvmaio_run_timer_disarm(kvmaio_run_timer *timer);
 void kvmaio_run_timer_close(kvmaio_run_timer *timer);
 int64_t kvmaio_run_timer_resolution(kvmaio_run_timer *timer, int rounds);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
+int64_t kvmaio_measure_entry(int kvm_fd, size_t page_size);
 """
 
 ffibuilder = FFI()

@@ -73,7 +73,7 @@ class KvmCpu:
         self.index = index
         self.has_lapic = has_lapic
         timer = chosen_timer()
-        self.resolution_ns = timer.resolution_ns
+        self.resolution_ns = timer.resolution_ns + hub.costs.shortest_run_ns
         self._timer_counter: Counter | None = None
         self._cycles: Counter | None = None
         self._tag = hub.add(self)
@@ -99,6 +99,7 @@ class KvmCpu:
         except BaseException:
             hub.remove(self._tag)
             raise
+        self.handle.entry_ns = hub.costs.entry_ns
         self.fd: int = self.handle.fd
         self.page: Any = self.handle.page
         raw = ffi.cast("uint8_t *", self.page)

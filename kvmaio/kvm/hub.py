@@ -37,8 +37,8 @@ class Hub:
         self._next_tag = 0
         self._arrived: deque[int] = deque()  # collected, and not delivered yet
         try:
-            self.costs = Costs.measured(self.kvm)
             check(lib.kvmaio_init(), "sigaction")
+            self.costs = Costs.measured(self.kvm)
             out = ffi.new("kvmaio_hub **")
             check(lib.kvmaio_hub_create(out), "eventfd")
         except BaseException:

@@ -4,6 +4,7 @@ import errno
 import signal
 import statistics
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -12,6 +13,8 @@ from kvmaio.exits import InterruptedExit
 from kvmaio.kvm import counters, run_timer
 from kvmaio.kvm._native import lib
 from kvmaio.kvm.counters import CPU_CYCLES, TASK_CLOCK, CounterSupport
+from kvmaio.kvm.host import Kvm
+from kvmaio.kvm.promotion import Costs
 from kvmaio.kvm.run_timer import CounterTimer, PosixTimer, RunTimer, chosen_timer, use_counter
 from tests.engine.support import deadline
 from tests.kvm.test_counters import needs_events
@@ -152,11 +155,55 @@ async def test_a_run_never_ends_early(boot, kind, ticks, factor):
 async def test_less_than_the_resolution_is_raised_to_it(boot):
     machine = boot(*SPIN)
     (vcpu,) = machine.vcpus
-    assert vcpu.model.resolution_ns == chosen_timer().resolution_ns
+    with Kvm.open() as kvm:
+        into_the_guest_ns = Costs.measured(kvm).shortest_run_ns
+    assert into_the_guest_ns > 0
+    assert vcpu.model.resolution_ns == chosen_timer().resolution_ns + into_the_guest_ns
     async with deadline():
         start_ns = time.monotonic_ns()
         assert (await vcpu.run(1)).timer_expired
         assert time.monotonic_ns() - start_ns >= vcpu.model.resolution_ns
+
+
+COUNTING = {
+    "real16": ("count: inc ebx", "jmp count"),
+    "user64": ("count: inc rbx", "jmp count"),
+}
+
+
+@pytest.mark.kvmaio_cpu("kvm")
+@pytest.mark.parametrize("kind", ["posix", pytest.param("task-clock", marks=needs_events)])
+@pytest.mark.parametrize("ticks", [1, 10_000])
+@pytest.mark.parametrize("mode", COUNTING)
+async def test_each_run_makes_progress_however_short(boot, mode, ticks, kind):
+    """Getting into the guest takes longer than the timer needs: a run is raised to both."""
+    machine = boot(*COUNTING[mode], mode=mode)
+    (vcpu,) = machine.vcpus
+    if kind == "task-clock":
+        use_task_clock(machine)
+    async with deadline(30):
+        await vcpu.run(1 * MS)  # KVM makes its own page tables
+        counts = [vcpu.context.rbx]
+        for _ in range(100):
+            exit_ = await vcpu.run(ticks)
+            assert exit_.timer_expired and exit_.ticks > 0
+            counts.append(vcpu.context.rbx)
+    stuck = sum(before == after for before, after in pairwise(counts))
+    assert stuck < 20  # a busy host may take the thread away at the very entry
+
+
+@pytest.mark.kvmaio_cpu("kvm")
+async def test_a_timer_that_fires_before_the_guest_was_reached_is_armed_again(boot):
+    """As where the host takes the thread away between arming and KVM_RUN."""
+    machine = boot(*COUNTING["user64"], mode="user64")
+    (vcpu,) = machine.vcpus
+    await vcpu.run(1 * MS)
+    vcpu.model.resolution_ns = 1
+    before = vcpu.context.rbx
+    async with deadline(30):
+        for _ in range(20):
+            assert (await vcpu.run(1)).timer_expired
+    assert vcpu.context.rbx > before
 
 
 @pytest.mark.kvmaio_cpu("kvm")

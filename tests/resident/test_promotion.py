@@ -178,8 +178,9 @@ def measurements(monkeypatch):
         time.sleep(0.02)  # so that others come meanwhile
         return lib.kvmaio_measure(*arguments)
 
+    calls = SimpleNamespace(kvmaio_measure=measure, kvmaio_measure_entry=lib.kvmaio_measure_entry)
     monkeypatch.setattr(promotion, "_measured", None)
-    monkeypatch.setattr(promotion, "lib", SimpleNamespace(kvmaio_measure=measure))
+    monkeypatch.setattr(promotion, "lib", calls)
     return made
 
 

@@ -224,6 +224,33 @@ def test_overshoot_is_carried_as_debt():
     assert seen == [start_ns + n * 10_000 for n in range(1, 1001)] and overshot > 0
 
 
+@pytest.mark.parametrize("apart_ns", [5_000, 10_000])
+def test_a_guest_gets_its_share_however_close_events_are(apart_ns):
+    """What one run does beyond the next event is debt: in all, the guest has what it was charged."""
+    code = assemble(("count: inc rbx", "jmp count"), "user64")
+
+    async def main():
+        loop = running()
+        async with Machine(memory="4M", cpu="kvm") as machine:
+            machine.load(Flat(code, address=0x1000, mode="user64"))
+            (vcpu,) = machine.vcpus
+            await vcpu.run(1 * MS)
+            counted = vcpu.context.rbx
+            end_ns = loop.time_ns() + 20 * MS
+
+            def tick():
+                if loop.time_ns() < end_ns:
+                    loop.call_at_ns(loop.time_ns() + apart_ns, tick)
+                else:
+                    machine.stop()
+
+            tick()
+            await machine.run()
+            return vcpu.context.rbx - counted
+
+    assert simulate(main()) > 10_000  # a fully native guest does that in some 10 us
+
+
 def test_real_sockets_threads_and_kicks_are_live_while_a_guest_runs():
     async def main():
         async with Machine(memory="4M", cpu="kvm") as machine:
