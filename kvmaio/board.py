@@ -73,7 +73,8 @@ class Board:
             raise ConfigurationError(f"{device.name} is attached already")
         if mmio is not None and (region := self.memory.overlapping(mmio, device.size)):
             raise ConfigurationError(
-                f"cannot map {device.name} at mmio {mmio:#x}: {region} is there"
+                f"cannot map {device.name} at mmio {mmio:#x}..{mmio + device.size - 1:#x}: "
+                f"{region} is already there"
             )
         line = None if irq is None else self.irq(irq)
         try:
@@ -130,4 +131,6 @@ class Board:
 
     def _refuse_memory_over_devices(self, base: int, size: int, what: str) -> None:
         if (window := self.mmio.overlapping(base, size)) is not None:
-            raise ConfigurationError(f"cannot add {what} at {base:#x}: {window} is there")
+            raise ConfigurationError(
+                f"cannot add {what} at {base:#x}..{base + size - 1:#x}: {window} is already there"
+            )

@@ -82,7 +82,7 @@ class GuestMemory:
             tuple[Callable[[MemoryRegion], None], Callable[[MemoryRegion], None]]
         ] = []
         self._written: list[Callable[[int, int], None]] = []
-        self._check: Callable[[int, int, str], None] | None = None
+        self._guards: list[Callable[[int, int, str], None]] = []
 
     @property
     def size(self) -> int:
@@ -196,9 +196,18 @@ class GuestMemory:
 
         return end
 
-    def guard(self, check: Callable[[int, int, str], None]) -> None:
-        """Have `check(base, size, what)` refuse a region by raising ConfigurationError."""
-        self._check = check
+    def guard(self, check: Callable[[int, int, str], None]) -> Callable[[], None]:
+        """Let `check(base, size, what)`, too, refuse a region by raising ConfigurationError.
+
+        To call what is returned ends it; idempotent.
+        """
+        self._guards.append(check)
+
+        def end() -> None:
+            if check in self._guards:
+                self._guards.remove(check)
+
+        return end
 
     @staticmethod
     def check_host_has(size: int) -> None:
@@ -233,8 +242,8 @@ class GuestMemory:
             raise ConfigurationError(
                 f"cannot add {kind} at {base:#x}..{base + size - 1:#x}: {other} is already there"
             )
-        if self._check is not None:
-            self._check(base, size, kind)
+        for check in self._guards:
+            check(base, size, kind)
         self.check_host_has(self.size + size)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:

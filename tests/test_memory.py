@@ -1,5 +1,6 @@
 import gc
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -208,6 +209,27 @@ def test_a_guard_may_refuse_a_region():
     with pytest.raises(ConfigurationError, match="ROM at 0x1000: a device is there"):
         memory.add_rom(0x1000, b"rom")
     assert listing(memory) == ["RAM 0x0..0xfff"]
+
+
+def test_each_guard_is_asked_until_it_ends():
+    memory = GuestMemory()
+
+    def guard(forbidden: int) -> Callable[[int, int, str], None]:
+        def check(base: int, size: int, what: str) -> None:
+            if base == forbidden:
+                raise ConfigurationError(f"not at {forbidden:#x}")
+
+        return check
+
+    memory.guard(guard(0))
+    end = memory.guard(guard(0x1000))
+    for base in (0, 0x1000):
+        with pytest.raises(ConfigurationError, match=f"not at {base:#x}"):
+            memory.add_ram(base, PAGE)
+    end()
+    end()
+    memory.add_ram(0x1000, PAGE)
+    assert listing(memory) == ["RAM 0x1000..0x1fff"]
 
 
 # Access

@@ -70,6 +70,7 @@ class KvmVm:
         self.irqchip: str | None = None
         self._has_pit = False
         self._end_watch: Callable[[], None] = lambda: None
+        self._end_guard: Callable[[], None] = lambda: None
         self._coalesced: set[tuple[int, int, bool]] = set()
         self._level = ffi.new("struct kvm_irq_level *")
         self.fd = check(lib.kvmaio_ioctl_value(kvm.fd, lib.KVM_CREATE_VM, 0), "KVM_CREATE_VM")
@@ -88,6 +89,7 @@ class KvmVm:
         """Close the VM and let go of the guest's memory; its vCPUs come first. Idempotent."""
         if self.fd >= 0:
             self._end_watch()
+            self._end_guard()
             os.close(self.fd)
             self.fd = -1
             self.slots.release_all()
@@ -123,15 +125,11 @@ class KvmVm:
         """
         for region in memory.regions:
             self.slots.check(region.base, region.size, "ROM" if region.readonly else "RAM")
-        memory.guard(self._guard)
+        self._end_guard = memory.guard(self.slots.check)
         self._end_watch = memory.watch(self._added, self._removed)
         self.memory = memory
 
     # The memory may outlive the VM (take-over by another CPU model): then all this is void.
-
-    def _guard(self, base: int, size: int, what: str) -> None:
-        if self.fd >= 0:
-            self.slots.check(base, size, what)
 
     def _added(self, region: MemoryRegion) -> None:
         if self.fd >= 0:

@@ -128,8 +128,33 @@ async def test_overlapping_devices_name_both(machine):
         match=r"cannot map debugexit1 at 0x3fb..0x3fb: uart165500 already occupies 0x3f8..0x3ff",
     ):
         machine.attach(DebugExit(), pio=0x3FB)
-    with pytest.raises(ConfigurationError, match=r"at mmio 0x1000: RAM 0x0..0xffffff is there"):
+    with pytest.raises(ConfigurationError, match=r"at mmio 0x1000.*: RAM 0x0..0xffffff is already"):
         machine.attach(Diary(), mmio=0x1000)
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_memory_and_a_device_at_one_address_in_either_order(machine):
+    machine.attach(Diary(), mmio=0x2000_0FF8)
+    machine.memory.add_ram(0x3000_0000, 0x1000)
+    there = r"0x20000000\.\.0x20000fff: diary0 at 0x20000ff8\.\.0x20000fff is already there"
+    with pytest.raises(ConfigurationError, match=f"cannot add RAM at {there}"):
+        machine.memory.add_ram(0x2000_0000, 0x1000)
+    with pytest.raises(ConfigurationError, match=f"cannot add ROM at {there}"):
+        machine.memory.add_rom(0x2000_0000, b"rom")
+    there = r"0x30000800\.\.0x30000807: RAM 0x30000000\.\.0x30000fff is already there"
+    with pytest.raises(ConfigurationError, match=f"cannot map diary1 at mmio {there}"):
+        machine.attach(Diary(), mmio=0x3000_0800)
+    machine.memory.add_ram(0x2000_1000, 0x1000)  # beside it
+
+
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_memory_over_a_device_is_refused_after_a_hand_over(machine):
+    machine.attach(Diary(), mmio=0x2000_0000)
+    for cpu in ("soft", "kvm", "soft"):
+        await machine.switch_cpu(cpu)
+        with pytest.raises(ConfigurationError, match=r"diary0 at .* is already there"):
+            machine.memory.add_ram(0x2000_0000, 0x1000)
+    machine.memory.add_ram(0xFEFF_C000, 0x1000)  # a VM that is gone keeps no pages
 
 
 @pytest.mark.kvmaio_cpu("kvm")

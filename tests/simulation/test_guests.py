@@ -226,7 +226,7 @@ def test_overshoot_is_carried_as_debt():
 
 @pytest.mark.parametrize("apart_ns", [5_000, 10_000])
 def test_a_guest_gets_its_share_however_close_events_are(apart_ns):
-    """What one run does beyond the next event is debt: in all, the guest has what it was charged."""
+    """What one run does beyond the next event is debt: in all, it has what it was charged."""
     code = assemble(("count: inc rbx", "jmp count"), "user64")
 
     async def main():
