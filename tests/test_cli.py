@@ -22,6 +22,7 @@ from click.testing import CliRunner
 
 from kvmaio.bench import FAMILIES
 from kvmaio.cli import commands
+from kvmaio.cli.run import Address
 from tests.plugin_summary import kvm_flavour, why_not_soft
 
 KVMAIO = Path(sys.executable).parent / "kvmaio"
@@ -121,6 +122,75 @@ def test_unknown_options_are_usage_errors(image):
     for option in ("--balloon=1",):
         result = kvmaio("run", path, option)
         assert (result.returncode, b"No such option" in result.stderr) == (2, True)
+
+
+@ONCE
+@pytest.mark.parametrize(
+    "option", ["--timeout=nan", "--timeout=inf", "--timeout=-1", "--timeout=x"]
+)
+def test_times_that_never_come_are_usage_errors(image, option):
+    result = kvmaio("run", image(SPIN), option)
+    assert result.returncode == 2
+    name, _, value = option.partition("=")
+    problem = f"Invalid value for '{name}': '{value}' is no number above 0; write it like 2.5"
+    assert problem in result.stderr.decode()
+
+
+@ONCE
+@pytest.mark.parametrize("address", ["1:2:3", "x", "1:", ":70000", "localhost:²"])
+def test_addresses_that_cannot_be_are_usage_errors(image, address):
+    result = kvmaio("run", image(SPIN), "--gdb", address)
+    problem = f"Invalid value for '--gdb': '{address}' is no [HOST:]PORT; write it like 1234"
+    assert (result.returncode, problem in result.stderr.decode()) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("1234", ("127.0.0.1", 1234)),
+        (":0", ("127.0.0.1", 0)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+        ("[::1]:80", ("::1", 80)),
+        ("fe80::1%eth0:80", ("fe80::1%eth0", 80)),
+    ],
+)
+def test_addresses(text, address):
+    assert Address().convert(text, None, None) == address
+
+
+@ONCE
+def test_interrupted_while_modules_are_imported_it_ends_without_a_traceback(tmp_path):
+    (tmp_path / "attrs.py").write_text(
+        "import time; print('importing', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [KVMAIO, "run", "image"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=TIME_LIMIT_S)
+    assert (process.returncode, output, errors) == (-signal.SIGINT, b"", b"")
+
+
+@ONCE
+@pytest.mark.kvm
+@pytest.mark.parametrize("time_is", ["wall", "simulated"])
+def test_interrupted_while_its_guest_runs_it_exits_130(image, time_is):
+    with subprocess.Popen(
+        [KVMAIO, "run", image(prints(b"up\n", SPIN)), "--time", time_is],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=TIME_LIMIT_S)
+    assert (process.returncode, output, errors.strip()) == (130, b"", b"")
 
 
 @ONCE

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from ipaddress import IPv6Address
 from typing import Any, Literal
 
 import attrs
@@ -55,9 +57,36 @@ class Address(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, int]:
         host, _, port = str(value).rpartition(":")
-        if not port.isdecimal() or int(port) > 0xFFFF:
+        host = host.removeprefix("[").removesuffix("]")
+        is_port = port.isascii() and port.isdecimal() and int(port) <= 0xFFFF
+        if not is_port or (":" in host and not _is_ipv6(host)):
             self.fail(f"{value!r} is no [HOST:]PORT; write it like 1234", param, ctx)
-        return host.strip("[]") or "127.0.0.1", int(port)
+        return host or "127.0.0.1", int(port)
+
+
+class Positive(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A finite number above 0, such as ``2.5``."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"{value!r} is no number above 0; write it like 2.5", param, ctx)
+        return number
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 class RunCommand(click.Command):
@@ -172,7 +201,7 @@ it used the debug exit; 1 a guest or host error; 2 wrong usage; 124 the timeout;
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     metavar="SECONDS",
     help="End the run after this time (as --time counts it), with exit status 124.",
 )
@@ -265,7 +294,7 @@ def run(
     """
     if mode is not None and kind not in ("auto", "flat"):
         raise click.UsageError(f"--mode is for bare machine code; it contradicts --kind {kind}.")
-    if pace is not None and (time != "simulated" or pace == float("inf")):
+    if pace is not None and (time != "simulated" or not math.isfinite(pace)):
         raise click.UsageError("--pace is a finite factor, and for --time simulated.")
     if others["trace_filter"] and not others["trace"]:
         raise click.UsageError("--trace-filter needs --trace FILE.")

@@ -62,7 +62,10 @@ def test_a_slow_reader_does_not_make_the_time_limit_jump():
         assert (size, child.wait()) == (6000, 0)
 
 
-@pytest.mark.parametrize("arguments", [("--pace", "2"), ("--time", "simulated", "--pace", "inf")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--pace", "2"), *(("--time", "simulated", "--pace", pace) for pace in ("inf", "nan"))],
+)
 def test_impossible_paces_are_wrong_usage(arguments):
     result = run(HALTING, *arguments)
     assert result.returncode == 2 and b"--pace is a finite factor" in result.stderr
