@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TypeVar
 
+from .arguments import some_text, whole
 from .bus import Bus
 from .declared_paths import DeclaredPaths
 from .device import Device
@@ -65,6 +66,12 @@ class Board:
         Raises:
             ConfigurationError: the addresses are taken, or the name is.
         """
+        _check_is_device(device)
+        for bus, base in (("pio", pio), ("mmio", mmio), ("irq", irq)):
+            if base is not None:
+                whole(bus, base)
+        if name is not None:
+            some_text("name", name)
         base_name = type(device).__name__.lower()
         device.name = name or f"{base_name}{self._names[base_name]}"
         if device.name in self.devices:
@@ -100,7 +107,7 @@ class Board:
         """Interrupt line `number` (a GSI where the irqchip is KVM's)."""
         line = self.lines.get(number)
         if line is None:
-            if number < 0:
+            if whole("irq", number) < 0:
                 raise ConfigurationError(f"interrupt line {number}: lines are numbered from 0")
             line = IrqLine(f"irq{number}")
             self._connect(number, line)
@@ -134,3 +141,10 @@ class Board:
             raise ConfigurationError(
                 f"cannot add {what} at {base:#x}..{base + size - 1:#x}: {window} is already there"
             )
+
+
+def _check_is_device(given: object) -> None:
+    if isinstance(given, Device):
+        return
+    advice = f"; attach {given.__name__}()" if isinstance(given, type) else ""
+    raise ConfigurationError(f"attach({given!r}): a Device is expected{advice}")

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import attrs
 
+from .arguments import whole
 from .device import Device
 from .errors import ConfigurationError, UnmappedAccess
 from .registers import Access
@@ -97,7 +98,8 @@ class Bus:
         Raises:
             ConfigurationError: no size, out of range, or somebody is there already.
         """
-        size = device.size
+        size = whole("size", device.size)
+        whole("base", base)
         if size <= 0:
             raise ConfigurationError(
                 f"cannot map {device.name} at {self.name} {base:#x}: its size is {size}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from . import snapshot
+from .arguments import refuse, some_text, some_truth, speed, whole
 from .assist import Assist
 from .board import Board
 from .boot.faults import FaultFrame
@@ -110,17 +110,19 @@ class Machine(Board):
         name: str | None = None,
         assist: bool = True,
     ) -> None:
-        if vcpus < 1:
+        if whole("vcpus", vcpus) < 1:
             raise ConfigurationError(f"a machine with {vcpus} vCPUs: at least 1")
         if cpu not in ("auto", "kvm", "soft"):
             raise ConfigurationError(f'cpu={cpu!r}: "auto", "kvm" and "soft" are possible')
         if irqchip not in IRQCHIPS:
             raise ConfigurationError(f"irqchip={irqchip!r}: one of {IRQCHIPS} is possible")
-        if not 0 < host_factor < math.inf:
-            raise ConfigurationError(f"host_factor={host_factor}: a finite number above 0")
-        if not 0 < clock_hz <= 1_000_000_000_000:
+        speed("host_factor", host_factor)
+        if not 0 < whole("clock_hz", clock_hz) <= 1_000_000_000_000:
             raise ConfigurationError(f"clock_hz={clock_hz}: must be between 1 and 10^12")
-        self.name = name or "machine"
+        if not (cpuid is None or isinstance(cpuid, str | Iterable)):
+            refuse("cpuid", cpuid, 'a policy such as "host", a table, or None is expected')
+        some_truth("assist", assist)
+        self.name = "machine" if name is None else some_text("name", name) or "machine"
         self._ram = parse_size(memory)
         super().__init__(self._ram)
         self.vcpus: list[VCpu] = []
@@ -354,6 +356,11 @@ class Machine(Board):
         Raises:
             ConfigurationError: it does not fit; see the image's class.
         """
+        if isinstance(image, type) or not hasattr(image, "place"):
+            raise ConfigurationError(
+                f"load({image!r:.40}): an image is expected, such as kvmaio.boot.Flat(code, "
+                "address=0x1000)"
+            )
         platform = self._opened()
         self._check_not_running("load an image")
         for vcpu in self.vcpus:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from .arguments import whole
 from .errors import ConfigurationError, HostError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         ConfigurationError: not a size, or not a positive one.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         size = text
     elif not isinstance(text, str):
         raise ConfigurationError(f"a size of {text!r}: write it like 64M, or as a number of bytes")
@@ -229,6 +230,8 @@ class GuestMemory:
 
     def _add(self, base: int, size: int, *, readonly: bool) -> MemoryRegion:
         kind = "ROM" if readonly else "RAM"
+        whole("base", base)
+        whole("size", size)
         if size <= 0:
             raise ConfigurationError(
                 f"{kind} of {size} bytes at {base:#x}: the size must be greater than 0"

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, Protocol
 
+from .arguments import speed, whole
 from .errors import ConfigurationError, KvmaioError
 from .exact_timers import ExactTimers
 from .pace import Pace
@@ -91,9 +92,9 @@ class SimulationLoop(ExactTimers):
         quantum_ns: int = QUANTUM_NS,
         schedule: Schedule = "parallel",
     ) -> None:
-        if pace is not None and not 0 < pace < float("inf"):
-            raise ConfigurationError(f"pace={pace}: a finite number above 0")
-        if quantum_ns <= 0:
+        if pace is not None:
+            speed("pace", pace)
+        if whole("quantum_ns", quantum_ns) <= 0:
             raise ConfigurationError(f"quantum_ns={quantum_ns}: it must be greater than 0")
         if schedule not in ("parallel", "sequential"):
             raise ConfigurationError(f'schedule={schedule!r}: "parallel" or "sequential"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..arguments import whole
 from ..errors import ConfigurationError
 from ..memory import GuestMemory
 from .image import FOUR_GIB, BootState, require_ram
@@ -56,9 +57,9 @@ class Flat:
             raise ConfigurationError(
                 f"a flat image must be bytes, not {type(data).__name__}; see kvmaio.assembler"
             ) from None
-        self.address = address
+        self.address = whole("address", address)
         self.mode = check_mode(mode)
-        self.entry = address if entry is None else entry
+        self.entry = self.address if entry is None else whole("entry", entry)
         if not self.data:
             raise ConfigurationError("the flat image is empty")
         limit, why = FOUR_GIB, "the mode reaches only the first 4 GiB"

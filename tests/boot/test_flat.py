@@ -352,6 +352,10 @@ def test_memory_without_ram_at_0_is_refused():
         ((b"\xf4", 0x1000, "real32"), "mode 'real32': it must be one of real16, prot32, long64,"),
         (("hlt", 0x1000), "a flat image must be bytes, not str; see kvmaio.assembler"),
         ((5, 0x1000), "a flat image must be bytes, not int"),
+        ((b"\xf4", 1.5), "address=1.5: a whole number is expected"),
+        ((b"\xf4", "0x1000"), "address='0x1000': a whole number is expected"),
+        ((b"\xf4", 0x1000, "real16", 1.5), "entry=1.5: a whole number is expected"),
+        ((b"\xf4", 0x1000, 16), "mode 16: it must be one of real16, prot32, long64, user64"),
     ],
 )
 def test_an_impossible_image_is_refused(arguments, message):

@@ -1,6 +1,7 @@
 """Machines of several sizes, and machines that cannot be."""
 
 import os
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,22 @@ async def test_an_access_in_the_hole_below_4_gib_is_no_memory(boot):
         ({"host_factor": 0}, "host_factor=0: a finite number above 0"),
         ({"host_factor": float("inf")}, "host_factor=inf: a finite number above 0"),
         ({"clock_hz": 0}, "clock_hz=0: must be between 1 and"),
+        ({"memory": True}, "a size of True: write it like 64M"),
+        ({"memory": None}, "a size of None: write it like 64M"),
+        ({"memory": 1.5}, "a size of 1.5: write it like 64M"),
+        ({"vcpus": "2"}, "vcpus='2': a whole number is expected"),
+        ({"vcpus": None}, "vcpus=None: a whole number is expected"),
+        ({"vcpus": 1.5}, "vcpus=1.5: a whole number is expected"),
+        ({"vcpus": True}, "vcpus=True: a whole number is expected"),
+        ({"host_factor": "1"}, "host_factor='1': a finite number above 0"),
+        ({"host_factor": None}, "host_factor=None: a finite number above 0"),
+        ({"host_factor": float("nan")}, "host_factor=nan: a finite number above 0"),
+        ({"clock_hz": "1"}, "clock_hz='1': a whole number is expected"),
+        ({"clock_hz": 1.5}, "clock_hz=1.5: a whole number is expected"),
+        ({"cpu": 5}, 'cpu=5: "auto", "kvm" and "soft" are possible'),
+        ({"cpuid": 5}, 'cpuid=5: a policy such as "host", a table, or None is expected'),
+        ({"name": 5}, "name=5: a text is expected"),
+        ({"assist": "no"}, "assist='no': True or False is expected"),
     ],
 )
 def test_impossible_machines(arguments, message):
@@ -175,6 +192,55 @@ async def test_an_interrupt_line_without_a_vector(machine):
     assert machine.irq(223).level is False
     with pytest.raises(ConfigurationError, match=r"interrupt line 224: .* lines 0 to 223"):
         machine.irq(224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"irq": "4"}, "irq='4': a whole number is expected"),
+        ({"irq": 4.0}, "irq=4.0: a whole number is expected"),
+        ({"pio": 1.0}, "pio=1.0: a whole number is expected"),
+        ({"pio": "1"}, "pio='1': a whole number is expected"),
+        ({"mmio": 1e9}, "mmio=1000000000.0: a whole number is expected"),
+        ({"pio": 1, "name": 5}, "name=5: a text is expected"),
+        ({"device": Diary}, r"attach\(<class '.*Diary'>\): a Device is expected; attach Diary\(\)"),
+        ({"device": None}, r"attach\(None\): a Device is expected"),
+        ({"device": object()}, r"attach\(<object .*>\): a Device is expected"),
+    ],
+)
+def test_impossible_wiring(arguments, message):
+    """Nothing is left of it: the device can be attached afterwards."""
+    machine = Machine(memory="1M")
+    device = Diary()
+    with pytest.raises(ConfigurationError, match=message):
+        machine.attach(**{"device": device, "pio": 0x10} | arguments)
+    assert not machine.devices and not machine.lines
+    machine.attach(device, pio=0x10, irq=4)
+
+
+def test_lines_memory_and_windows_are_numbered():
+    machine: Any = Machine(memory="1M")
+    with pytest.raises(ConfigurationError, match="irq='4': a whole number is expected"):
+        machine.irq("4")
+    with pytest.raises(ConfigurationError, match=r"base=1048576.0: a whole number is expected"):
+        machine.memory.add_ram(float(1 << 20), 0x1000)
+    with pytest.raises(ConfigurationError, match=r"size=4096.0: a whole number is expected"):
+        machine.memory.add_ram(1 << 20, 4096.0)
+    with pytest.raises(ConfigurationError, match=r"base=1.0: a whole number is expected"):
+        machine.pio.map(Diary(), 1.0)
+
+
+@pytest.mark.parametrize("image", [b"\xf4", "guest.bin", None, Flat])
+async def test_what_is_no_image(image):
+    machine = Machine(memory="1M")
+    with pytest.raises(ConfigurationError, match=r"load\(.*\): an image is expected, such as"):
+        machine.load(image)
+
+
+def test_each_of_them_is_a_value_error():
+    arguments: dict[str, Any] = {"vcpus": "2"}
+    with pytest.raises(ValueError, match="vcpus='2'"):
+        Machine(**arguments)
 
 
 @pytest.mark.kvm

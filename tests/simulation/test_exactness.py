@@ -138,7 +138,15 @@ def test_an_alarm_is_exact_where_floats_are_not():
 
 @pytest.mark.parametrize(
     "options",
-    [{"pace": 0}, {"pace": math.nan}, {"pace": math.inf}, {"quantum_ns": 0}, {"schedule": "any"}],
+    [
+        {"pace": 0},
+        {"pace": math.nan},
+        {"pace": math.inf},
+        {"pace": "x"},
+        {"quantum_ns": 0},
+        {"quantum_ns": 0.5},
+        {"schedule": "any"},
+    ],
 )
 def test_impossible_loops_are_refused(options):
     with pytest.raises(ConfigurationError, match=next(iter(options))):
