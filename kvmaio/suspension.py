@@ -14,6 +14,7 @@ __all__ = [
     "drive",
     "foreign_cancellation",
     "is_own_cancellation",
+    "stopped_iteration",
     "waits_for",
 ]
 
@@ -99,6 +100,18 @@ def waits_for(waiter: asyncio.Task[Any] | None, task: asyncio.Task[Any] | None) 
             return True
         future = getattr(future, "_fut_waiter", None)
     return False
+
+
+def stopped_iteration(error: BaseException, who: str) -> BaseException:
+    """What to raise for `error` of `who`, out of a coroutine: that cannot pass on StopIteration."""
+    stop = error.__cause__ if isinstance(error, RuntimeError) else error  # by one that tried
+    if not isinstance(stop, StopIteration):
+        return error
+    passable = RuntimeError(
+        f"{who} raised StopIteration, as next() does at the end; give next() a default, or catch it"
+    )
+    passable.__cause__ = stop
+    return passable
 
 
 def foreign_cancellation(cancelled: asyncio.CancelledError, who: str) -> RuntimeError:

@@ -38,7 +38,14 @@ from .instruction_events import InstructionEvents, instruction_stop
 from .registers_sync import Newer
 from .service import HypercallHandler, Service
 from .stats import CpuStatistics
-from .suspension import ENDS_THE_LOOP, Suspended, drive, foreign_cancellation, is_own_cancellation
+from .suspension import (
+    ENDS_THE_LOOP,
+    Suspended,
+    drive,
+    foreign_cancellation,
+    is_own_cancellation,
+    stopped_iteration,
+)
 from .vcpu_at_rest import CLOSED
 from .vcpu_burst import BurstingVCpu
 from .vcpu_states import (
@@ -396,7 +403,7 @@ class VCpu(BurstingVCpu):
             except ENDS_THE_LOOP:
                 raise
             except BaseException as error:  # `pytest.fail()`, too, is to come out of run()
-                self._fail(error)
+                self._fail(stopped_iteration(error, f"a handler that {self.name} called"))
             await self._rest()
 
     def allow(self) -> None:

@@ -652,6 +652,38 @@ async def test_close_many_machines_leave_nothing(boot):
     gc.collect()
 
 
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+@pytest.mark.parametrize("style", ["plain", "async", "suspending"])
+@pytest.mark.parametrize("access", ["in al, 0x10", "out 0x10, al", "rep outsb"])
+async def test_a_handler_that_ends_by_stop_iteration_is_told_so(boot, style, access):
+    """As next() of a script of answers that is too short does."""
+
+    class Exhausted(Device):
+        size = 1
+        answers = iter(())
+
+        def read(self, offset, size):
+            return next(self.answers) if style == "plain" else self.later()
+
+        def write(self, offset, size, value):
+            return next(self.answers) if style == "plain" else self.later()
+
+        async def later(self):
+            if style == "suspending":
+                await asyncio.sleep(0)
+            return next(self.answers)
+
+    machine = boot("mov dx, 0x10", "mov cx, 2", access, "hlt")
+    machine.attach(Exhausted(), pio=0x10)
+    async with deadline():
+        with pytest.raises(RuntimeError, match="a handler that cpu0 called raised Stop") as caught:
+            await machine.run()
+    direction = "read from" if access.startswith("in") else "write to"
+    (note,) = caught.value.__notes__
+    assert f"while cpu0 waited for a {direction} pio 0x10" in note and "rip" in note
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("style", ["plain", "async", "suspending"])
 async def test_read_handler_that_returns_nothing_is_told_so(boot, style):
