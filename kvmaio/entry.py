@@ -74,6 +74,7 @@ class Entry:
         self._counts = model.counts_instructions
         self._period_ns = max(1, 1_000_000_000 // clock_hz)
         self._executed_ns = 0  # host time of the last entry
+        self._booked_cycles = 0  # of the entry under way
         self._was_half = False
         self._injects = True
         self.page_is_stale = False
@@ -159,6 +160,7 @@ class Entry:
     def _begun(self, result: EntryResult | None) -> EntryResult | None:
         if result is None:
             self.inside = True
+            self._booked_cycles = 0  # also where the entry before ended by an error
             self.registers.locked = _LOCKED
             return None
         return self._account(result, half=self._was_half)
@@ -176,6 +178,15 @@ class Entry:
         """Book the host time of entries that ended with accesses, in a burst."""
         self._executed_ns, self._was_half = last_ns, False
         self.stats.numCycles += in_all_ns * self._milli_cycles_per_us // 1_000_000
+
+    def progressed(self, executed_ns: int) -> None:
+        """Book what the entry under way has come to so far, in host time."""
+        cycles = executed_ns * self._milli_cycles_per_us // 1_000_000
+        self.stats.numCycles += cycles - self._booked_cycles
+        self._booked_cycles = cycles
+        if self._counts:
+            instructions = self.model.instructions
+            self.stats.numInsts = self.stats.totalInsts = self.stats.ctrInsts = instructions
 
     async def arrival(self) -> EntryResult:
         """Wait for the end of the entry that `begin()` began."""
@@ -290,6 +301,9 @@ class Entry:
         if half:
             stats.numVMHalfEntries += 1
         stats.numCycles += executed_ns * self._milli_cycles_per_us // 1_000_000
+        if self._booked_cycles:
+            stats.numCycles -= self._booked_cycles
+            self._booked_cycles = 0
         if self._counts:
             stats.numInsts = stats.totalInsts = stats.ctrInsts = self.model.instructions
         if result is _EXIT:

@@ -281,7 +281,8 @@ class Machine(Board):
 
     def _tell_owner(self, model: CpuModel, vcpu: VCpu) -> None:
         if isinstance(model, TimedCpu):
-            model.belongs_to(f"{self.name}.{vcpu.name}", vcpu.stats, self.paths.flush_soon)
+            name, flush_soon = f"{self.name}.{vcpu.name}", self.paths.flush_soon
+            model.belongs_to(name, vcpu.stats, flush_soon, vcpu.progressed)
 
     def _make_vcpu(self, model: CpuModel) -> VCpu:
         vcpu = VCpu(

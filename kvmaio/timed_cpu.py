@@ -52,6 +52,7 @@ class TimedCpu:
         self.name = "a vCPU"
         self._stats = CpuStatistics()
         self._flush_soon: Callable[[], None] | None = None
+        self._progressed: Callable[[int], None] | None = None
         self.local_ns = loop.time_ns()
         self._loop = loop
         self._thread = threading.get_ident()
@@ -74,11 +75,23 @@ class TimedCpu:
         self._entries_without_progress = 0
         self._slices: deque[tuple[int, int]] = deque(maxlen=SLICES_KEPT)  # wall clock, local
 
-    def belongs_to(self, name: str, stats: CpuStatistics, flush_soon: Callable[[], None]) -> None:
-        """Say whose it is; `flush_soon` has the batched writes served that a slice has left."""
+    def belongs_to(
+        self,
+        name: str,
+        stats: CpuStatistics,
+        flush_soon: Callable[[], None],
+        progressed: Callable[[int], None],
+    ) -> None:
+        """Say whose it is.
+
+        Args:
+            flush_soon: has the batched writes served that a slice has left.
+            progressed: told after each slice what the entry has executed, in host ns.
+        """
         self.name = name
         self._stats = stats
         self._flush_soon = flush_soon
+        self._progressed = progressed
 
     # ---- entering ---------------------------------------------------------------
 
@@ -172,6 +185,8 @@ class TimedCpu:
             return True
         self._slicing = False
         self._book(self.model.executed_ns)
+        if self._progressed is not None:
+            self._progressed(self._executed_ns)
         if result is EntryResult.TIMER and self._may_jump():
             self.local_ns = max(self.local_ns, self._until_ns)
         self._stats.ticksOvershot += max(0, self.local_ns - self._until_ns)

@@ -431,6 +431,10 @@ class VCpu(BurstingVCpu):
         halted = self.halted and not self._suspended
         return not halted or self.interrupts.nmi or self._entry.takes_interrupts
 
+    def progressed(self, executed_ns: int) -> None:
+        """Count what a long entry has executed so far, in host time."""
+        self._entry.progressed(executed_ns)
+
     @property
     def is_closed(self) -> bool:
         """Is the run page gone?"""

@@ -120,7 +120,7 @@ def timed(
     """`model` on the running loop."""
     cpu = TimedCpu(model, running(), host_factor)
     stats = CpuStatistics()
-    cpu.belongs_to(name, stats, lambda: None)
+    cpu.belongs_to(name, stats, lambda: None, lambda executed_ns: None)
     return cpu, stats
 
 

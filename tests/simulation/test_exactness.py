@@ -239,6 +239,31 @@ def test_a_guest_that_the_host_kept_from_running_has_the_rest_still_to_run():
     assert sum(executed) in (999, 1000) and len(executed) > 5
 
 
+def test_less_than_a_model_can_run_is_run_all_the_same_and_debt():
+    """Nothing passes as time that was not executed."""
+    limits, executed = [], []
+
+    async def main():
+        def step(limit_ns):
+            limits.append(limit_ns)
+            executed.append(limit_ns - 10)  # a timer is not that exact
+            return executed[-1], TIMER
+
+        model = ScriptedModel(step)
+        model.resolution_ns = 500
+        cpu, stats = timed(model)
+        task = asyncio.create_task(enter_again_and_again(cpu))
+        for ns in (1000, 1200, 2000):
+            running().call_at_ns(ns, lambda: None)
+        await asyncio.sleep(2e-6)
+        task.cancel()
+        return cpu.local_ns, stats.ticksOvershot
+
+    local_ns, overshot_ns = simulate(main())
+    assert limits == [1000, 500, 520, 500]
+    assert (local_ns, overshot_ns) == (sum(executed), 480 + 480)
+
+
 @pytest.mark.parametrize(("waiting", "most_slices"), [(True, 1), (False, 60)])
 def test_a_guest_that_executes_nothing_gets_to_the_event(waiting, most_slices):
     """At once if it is halted inside of the model; if the host does not run it, in the end."""

@@ -70,9 +70,10 @@ def test_countdown_timer_on_a_bus(run):
 
 
 @pytest.mark.kvm
-def test_countdown_timer_wakes_a_guest(run):
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+def test_countdown_timer_wakes_a_guest(kvmaio_cpu, run):
     async def main():
-        async with Machine(memory="1M", cpu="kvm") as machine:
+        async with Machine(memory="1M", cpu=kvmaio_cpu) as machine:
             machine.attach(CountdownTimer(), pio=0x40, irq=5)
             port = machine.attach(Port(), pio=0x50)
             machine.load(Flat(GUEST, address=0x1000))
