@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -171,6 +172,12 @@ class Machine(Board):
         if self.irqchip is None and self._vcpu_count > 1:
             cpu = choose() if self._cpu == "auto" else self._cpu
             self.irqchip = "kernel" if cpu == "kvm" else "devices"
+        if isinstance(self._loop, SimulationLoop) and self.irqchip in ("kernel", "split"):
+            _tell_once(
+                f'simulated time with irqchip="{self.irqchip}": KVM\'s own timers count the wall '
+                "clock, and a guest that halts is waited for in wall clock time; "
+                'irqchip="devices" follows simulated time, and lets idle time pass at once'
+            )
         platform = self.create_platform(self._cpu)
         try:
             for model in self.create_models(platform):
@@ -882,6 +889,11 @@ class Machine(Board):
 
     def __repr__(self) -> str:
         return f"<Machine {self.name}: {len(self.vcpus)} vCPUs, {self.memory.size >> 20} MiB>"
+
+
+@cache
+def _tell_once(message: str) -> None:
+    _log.warning("%s", message)
 
 
 def _hold_device(device: Device, held: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import kvmaio
 from kvmaio import Device, Halted, Machine, Register, Stopped
+from kvmaio import machine as machine_module
 from kvmaio.boot import Flat
 from kvmaio.devices import Pit8254
 from kvmaio.devices.pit8254 import tick_at, time_of_tick
@@ -114,6 +115,22 @@ def test_a_guest_halted_in_the_kernel_lets_time_reach_the_next_event():
             return await machine.run(), seen, machine.vcpus[0].stats.numHalt
 
     assert simulate(main()) == (Stopped("late enough"), [MS, 20 * MS, 300 * MS], 0)
+
+
+def test_that_kvms_own_timers_do_not_follow_simulated_time_is_said_once(caplog):
+    machine_module._tell_once.cache_clear()
+
+    async def main(irqchip):
+        async with Machine(memory="1M", cpu="kvm", irqchip=irqchip):
+            pass
+
+    for irqchip in (None, "devices", "kernel", "kernel", "split"):
+        simulate(main(irqchip))
+    asyncio.run(main("kernel"))
+    kernel, split = caplog.messages
+    assert kernel.startswith("""simulated time with irqchip="kernel": KVM's own timers count the""")
+    assert split.startswith('simulated time with irqchip="split": ')
+    assert 'irqchip="devices" follows simulated time' in kernel
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "sequential"])
