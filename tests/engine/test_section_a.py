@@ -272,6 +272,23 @@ async def test_budget_of_zero_executes_no_instruction(boot):
     assert (vcpu.stats.numVMExits, vcpu.stats.numVMHalfEntries) == (1, 1)
 
 
+@pytest.mark.kvmaio_cpu("kvm", "soft")
+async def test_budget_of_zero_an_event_due_now_on_a_running_guest(boot):
+    machine = boot(*SPIN)
+    (vcpu,) = machine.vcpus
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await vcpu.at_instruction(100)
+        seen = [(vcpu.context.rip, vcpu.context.rbx, vcpu.stats.numInsts)]
+        for event in (vcpu.at_instruction(100), vcpu.at_instruction(0, from_now=True)):
+            await event
+            assert machine.is_running
+            seen.append((vcpu.context.rip, vcpu.context.rbx, vcpu.stats.numInsts))
+        machine.stop()
+        await run
+    assert seen == [(0x1000, 50, 100)] * 3
+
+
 # ---- After a timer exit ---------------------------------------------------------------------
 
 

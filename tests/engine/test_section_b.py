@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 
 from kvmaio import Halted, HostError
 from kvmaio.exits import InterruptedExit, IoExit
-from tests.engine.support import deadline, until
+from tests.engine.support import Diary, deadline, until
 from tests.engine.test_section_a import SPIN, lone_vcpu
+from tests.engine.test_section_h import START_OTHERS
 from tests.scripted import INTERRUPTED, port_out
 
 PERIOD_NS = 1  # of the default clock, 1 GHz
@@ -148,11 +150,31 @@ async def test_ioctl_run_eintr_is_normal_and_eagain_of_an_application_processor(
         await run
 
 
-def blocked_signals(thread):
-    """The mask of a thread of ours: bit n - 1 is signal n."""
+@pytest.mark.kvmaio_cpu("kvm")
+async def test_ioctl_run_eagain_of_an_application_processor_is_entered_again(boot, assembler):
+    """KVM_RUN returns it once the SIPI has come: nothing of it shows but in the core's count."""
+    machine = boot(*START_OTHERS, *SPIN, mode="prot32", vcpus=2)
+    machine.memory.write(0x8000, assembler("mov al, 7", "out 0x10, al", "again: jmp again"))
+    device = machine.attach(Diary(), pio=0x10)
+    other = machine.vcpus[1]
+    async with deadline():
+        run = asyncio.create_task(machine.run())
+        await until(device.reached(1))
+        machine.stop()
+        await run
+    assert device.entries == [("write", 0, 1, 7)]
+    assert other.stats.numIO == 1 and other.stats.numVMExits - other.stats.numExitSignal == 1
+    assert other.model.handle.unrequested >= 1
+
+
+def signals(thread, which):
+    """A set of signals of a thread of ours: bit n - 1 is signal n."""
     status = Path(f"/proc/self/task/{thread}/status").read_text()
-    (mask,) = re.findall(r"^SigBlk:\s*(\w+)", status, re.M)
+    (mask,) = re.findall(rf"^{which}:\s*(\w+)", status, re.M)
     return int(mask, 16)
+
+
+KICK_BIT = 1 << signal.SIGRTMIN - 1
 
 
 @pytest.mark.kvmaio_cpu("kvm")
@@ -160,8 +182,26 @@ async def test_signal_mask_the_vcpu_thread_blocks_the_kick_signal(boot):
     before = set(os.listdir("/proc/self/task"))
     machine = boot("hlt")
     (thread,) = set(os.listdir("/proc/self/task")) - before
-    assert blocked_signals(thread) >> signal.SIGRTMIN - 1 & 1
+    assert signals(thread, "SigBlk") & KICK_BIT
     await machine.close()
+
+
+@pytest.mark.kvmaio_cpu("kvm")
+async def test_signal_mask_a_kick_of_a_parked_thread_runs_no_handler(boot):
+    """It stays pending there, and costs the next entry a look: the guest runs all the same."""
+    machine = boot("again: out 0x10, al", "jmp again")
+    (vcpu,) = machine.vcpus
+    handle = vcpu.model.handle
+    libc = ctypes.CDLL(None, use_errno=True)
+    async with deadline():
+        await vcpu.run()
+        for _ in range(20):
+            assert libc.tgkill(os.getpid(), handle.tid, signal.SIGRTMIN) == 0
+            await asyncio.sleep(0.001)
+            assert signals(handle.tid, "SigPnd") & KICK_BIT  # nobody has taken it
+            assert handle.page.immediate_exit == 0  # which is what the handler would set
+            assert type(await vcpu.run()) is IoExit
+            assert not signals(handle.tid, "SigPnd") & KICK_BIT
 
 
 @pytest.mark.kvm
@@ -172,6 +212,66 @@ async def test_discard_pending_signal_a_late_timer_does_not_abort_the_next_entry
         for _ in range(300):
             await vcpu.run(1)  # the timer is due at about the time of the exit
             assert type(await vcpu.run()) is IoExit
+
+
+@pytest.mark.kvmaio_cpu("kvm")
+@pytest.mark.parametrize("mode", ["prot32", "user64"])
+async def test_discard_pending_signal_with_limits_around_the_time_of_the_exit(boot, mode):
+    """Now the timer is first, now the exit; neither ends the entry behind it."""
+    machine = boot(
+        *("again: mov ecx, [0x3000]", "count: dec ecx", "jnz count", "out 0x10, al", "jmp again"),
+        mode=mode,
+    )
+    (vcpu,) = machine.vcpus
+    took_ns, count = 0, 50
+    outcomes: Counter[bool] = Counter()
+    async with deadline(40):
+        while took_ns < 3 * vcpu.model.resolution_ns:
+            count *= 2
+            machine.memory.write(0x3000, count.to_bytes(4, "little"))
+            await vcpu.run()
+            took_ns = min([(await vcpu.run()).ticks for _ in range(5)])
+        for n in range(300):
+            exit_ = await vcpu.run(took_ns * (50 + n) // 200)  # 0.25 to 1.75 of it
+            outcomes[type(exit_) is IoExit] += 1
+            if type(exit_) is not IoExit:
+                assert exit_.timer_expired
+                assert type(await vcpu.run()) is IoExit
+    assert outcomes[True] > 10 and outcomes[False] > 10
+
+
+async def end_by_kick(vcpu):
+    """Enter a spinning guest, and kick it."""
+    run = asyncio.create_task(vcpu.run())
+    await until(partial(getattr, vcpu, "inside"))
+    await asyncio.sleep(0.001)
+    vcpu.kick()
+    assert type(await run) is InterruptedExit
+
+
+@pytest.mark.kvmaio_cpu("kvm")
+async def test_startup_thread_kicks_arrive_after_a_drain_and_after_a_hand_over(boot):
+    machine = boot(*SPIN)
+    (vcpu,) = machine.vcpus
+    async with deadline(20):
+        await end_by_kick(vcpu)
+        await machine.drain()
+        machine.resume()
+        await end_by_kick(vcpu)
+        run = asyncio.create_task(machine.run())
+        await until(partial(getattr, vcpu, "inside"))
+        async with machine.drained():
+            pass
+        before = vcpu.stats.numExitSignal
+        vcpu.kick()
+        await until(lambda: vcpu.stats.numExitSignal > before)
+        machine.stop()
+        await run
+        for cpu in ("soft", "kvm"):
+            thread = getattr(vcpu.model, "handle", None)
+            await machine.switch_cpu(cpu)
+            assert vcpu.model.handle != thread
+            await end_by_kick(vcpu)
 
 
 @pytest.mark.kvm
