@@ -47,8 +47,8 @@ class Costs:
 
     @property
     def shortest_run_ns(self) -> int:
-        """What a run takes for its guest to get somewhere, with some slack."""
-        return self.entry_ns + self.entry_ns // 4
+        """What a run takes for its guest to get somewhere, also where its caches are cold."""
+        return 2 * self.entry_ns
 
     @property
     def moves_are_cheap(self) -> bool:

@@ -189,7 +189,8 @@ async def test_each_run_makes_progress_however_short(boot, mode, ticks, kind):
             assert exit_.timer_expired and exit_.ticks > 0
             counts.append(vcpu.context.rbx)
     stuck = sum(before == after for before, after in pairwise(counts))
-    assert stuck < 20  # a busy host may take the thread away at the very entry
+    # Now and then an entry goes into page tables that KVM has dropped and makes anew.
+    assert stuck < 50
 
 
 @pytest.mark.kvmaio_cpu("kvm")
