@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from kvmaio import Device, Machine, Stopped, VCpuState
 from kvmaio.boot import Flat
@@ -28,8 +29,13 @@ from kvmaio.kvm.vm import KvmVm
 from kvmaio.memory import GuestMemory
 from tests.assembler import assemble
 from tests.engine.support import LAB, deadline, until
+from tests.engine.test_section_h import START_OTHERS
 from tests.leftovers import Held, nothing_left
 
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
 RACES = int(os.environ.get("KVMAIO_RACES", "100" if LAB else "100000"))
 
 # A word that goes up by one with each OUT; then a read whose answer must be its complement.
@@ -102,16 +108,16 @@ class Counter(Device):
 class Kicker(threading.Thread):
     """Kicks from another thread, at random moments, until told to stop."""
 
-    def __init__(self, vcpu, seed):
+    def __init__(self, vcpus, seed):
         super().__init__()
-        self.vcpu = vcpu
+        self.vcpus = vcpus
         self.random = random.Random(seed)
         self.ends = threading.Event()
         self.kicks = 0
 
     def run(self):
         while not self.ends.wait(self.random.random() * 1e-3):
-            self.vcpu.kick()
+            self.random.choice(self.vcpus).kick()
             self.kicks += 1
 
     def stop(self):
@@ -174,51 +180,90 @@ async def one_race(machine, vcpu, counter, random):
         vcpu.wakeup()
 
 
-async def race(cpu, count, seed, *, waits, kicker=False):
-    rng = random.Random(seed)
-    async with Machine(memory="64K", cpu=cpu) as machine:
-        (vcpu,) = machine.vcpus
-        counter = machine.attach(Counter(rng, waits), pio=0x10)
+async def load(machine, counters):
+    """Have each vCPU count on a port of its own; the others are started by the first, once."""
+    if len(counters) == 1:
         machine.load(Flat(assemble(COUNT), 0x1000))
-        other = Kicker(vcpu, seed) if kicker else None
+        return
+    first = assemble([*START_OTHERS, "xor ebx, ebx", *COUNT], "prot32")
+    machine.load(Flat(first, 0x1000, mode="prot32"))
+    other = [line.replace("0x10", "0x50") for line in COUNT]
+    machine.memory.write(0x8000, assemble(["xor ebx, ebx", *other], "real16", 0x8000))
+    async with deadline(20):
+        run = asyncio.create_task(machine.run())
+        await until(lambda: all(counter.expected for counter in counters))
+        machine.stop()
+        await run
+
+
+async def race(cpu, count, seed, *, waits, kicker=False, vcpus=1):
+    """So many races that reached the guest, or a handler that waits; those before do not count."""
+    rng = random.Random(seed)
+    async with Machine(memory="64K" if vcpus == 1 else "1M", cpu=cpu, vcpus=vcpus) as machine:
+        counters = [machine.attach(Counter(rng, waits), pio=port) for port in (0x10, 0x50)[:vcpus]]
+        await load(machine, counters)
+        other = Kicker(machine.vcpus, seed) if kicker else None
         if other is not None:
             other.start()
+        reached = 0
         try:
-            for _ in range(count):
-                before = counter.expected
+            while reached < count:
+                index = rng.randrange(vcpus)
+                vcpu, counter = machine.vcpus[index], counters[index]
+                before = counter.expected, vcpu.stats.numVMExits, counter.suspensions
                 async with deadline(20):
                     await one_race(machine, vcpu, counter, rng)
-                assert counter.expected >= before
-            # After all of it the guest still counts.
-            goal = counter.expected + 20
+                assert counter.expected >= before[0]
+                after = counter.expected, vcpu.stats.numVMExits, counter.suspensions
+                reached += after != before
+            # After all of it each guest still counts.
+            goals = [counter.expected + 20 for counter in counters]
+
+            def counted():
+                return all(c.expected >= goal for c, goal in zip(counters, goals, strict=True))
+
             async with deadline(20):
-                while counter.expected < goal:  # the first may return an outcome that was kept
+                while not counted():  # the first may return an outcome that was kept
                     run = asyncio.create_task(machine.run())
                     await asyncio.sleep(0)
-                    await until(lambda: counter.expected >= goal or not machine.is_running)
+                    await until(lambda: counted() or not machine.is_running)
                     machine.stop("the end")
                     await run
         finally:
             if other is not None:
                 other.stop()
-        assert (vcpu.inside, counter.inside in (0, 1)) == (False, True)
-        return counter.expected, counter.suspensions
+        for vcpu, counter in zip(machine.vcpus, counters, strict=True):
+            assert (vcpu.inside, counter.inside in (0, 1)) == (False, True)
+        return sum(c.expected for c in counters), sum(c.suspensions for c in counters)
 
 
-PARTS = 8
+WAITS = (0.0, 0.05, 0.3, 0.9)
+PARTS = [
+    pytest.param(loop, vcpus, waits, (n + vcpus + (loop == "uvloop")) % 2 == 0)
+    for loop in LOOPS
+    for vcpus in (1, 2)
+    for n, waits in enumerate(WAITS)
+]
+"""Each kind of loop, number of vCPUs and share of suspending handlers; half of them kicked."""
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", range(PARTS))
-async def test_races_of_kick_cancel_suspend_stop_and_suspending_devices(kvmaio_cpu, part):
+@pytest.mark.parametrize(("loop", "vcpus", "waits", "kicked"), PARTS)
+def test_races_of_kick_cancel_suspend_stop_and_suspending_devices(
+    kvmaio_cpu, loop, vcpus, waits, kicked
+):
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(asyncio.sleep(0))  # uvloop keeps a pipe of its first loop for good
     before = Held.now()
-    count = RACES // PARTS // 2
-    accesses, suspensions = await race(
-        kvmaio_cpu, count, seed=part, waits=(0.0, 0.05, 0.3, 0.9)[part % 4], kicker=part >= 4
-    )
+    count = RACES // len(PARTS) // 3
+    seed = round(waits * 100) + vcpus
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        accesses, suspensions = runner.run(
+            race(kvmaio_cpu, count, seed, waits=waits, kicker=kicked, vcpus=vcpus)
+        )
     assert accesses > 0
     # A handful of races, as on emulated hardware, may meet no handler that waits.
-    assert suspensions > 0 or part % 4 == 0 or count < 1000
+    assert suspensions > 0 or waits == 0 or count < 1000
     nothing_left(before)
 
 
@@ -262,12 +307,12 @@ async def test_races_by_hand_every_access_comes_once(kvmaio_cpu):
     async with Machine(memory="64K", cpu=kvmaio_cpu) as machine:
         (vcpu,) = machine.vcpus
         machine.load(Flat(assemble(COUNT), 0x1000))
-        kicker = Kicker(vcpu, 2)
+        kicker = Kicker([vcpu], 2)
         kicker.start()
         expected = interrupted = 0
         try:
             async with deadline(300):
-                for _ in range(RACES // 5):
+                for _ in range(RACES * 2 // 5):
                     exit_ = await vcpu.run(rng.choice((None, 0, 1, 60_000)))
                     match exit_:
                         case IoExit(is_write=True):
