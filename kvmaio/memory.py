@@ -225,6 +225,7 @@ class GuestMemory:
         self.image = None
         self._watchers.clear()
         self._written.clear()
+        self._guards.clear()
         self.regions.clear()
         self._bases.clear()
 
