@@ -24,13 +24,13 @@ int kvmaio_set_signal_mask(int vcpu_fd);
 void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu); /* continue the present run on the native thread */
 
 /* See `access` of kvmaio_vcpu. */
-static inline int64_t access_of(const kvmaio_vcpu *vcpu)
+static inline int64_t access_of(const kvmaio_vcpu *vcpu, int outcome)
 {
 	const struct kvm_run *page = vcpu->page;
 	uint64_t address;
 	uint32_t size;
 	int is_write, is_pio = page->exit_reason == KVM_EXIT_IO;
-	if (vcpu->outcome != KVMAIO_EXIT)
+	if (outcome != KVMAIO_EXIT)
 		return -1;
 	if (is_pio && page->io.count == 1 && page->io.data_offset == KVMAIO_PIO_DATA) {
 		address = page->io.port;

@@ -261,7 +261,7 @@ static void execute(kvmaio_vcpu *vcpu)
 	if (vcpu->executed_cycles >= 0)
 		vcpu->executed_cycles = cycles ? (int64_t)(cycles - cycles_before) : -1;
 	vcpu->outcome = outcome;
-	vcpu->access = access_of(vcpu);
+	vcpu->access = access_of(vcpu, outcome);
 	atomic_store(&vcpu->ended, run_id);
 }
 

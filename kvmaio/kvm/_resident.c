@@ -135,7 +135,7 @@ static int finish(kvmaio_vcpu *vcpu, int outcome)
 		atomic_store(&vcpu->active, 0);
 		vcpu->resident_run = 0;
 		vcpu->outcome = outcome;
-		vcpu->access = access_of(vcpu);
+		vcpu->access = access_of(vcpu, outcome);
 		atomic_store(&vcpu->ended, vcpu->run_id);
 	}
 	return outcome;
@@ -368,7 +368,9 @@ int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu)
 	vcpu->executed_ns = 0;
 	vcpu->executed_cycles = -1;
 	announce(vcpu);
-	return enter(vcpu, 1, COARSE);
+	const int outcome = enter(vcpu, 1, COARSE);
+	vcpu->access = access_of(vcpu, outcome);
+	return outcome;
 }
 
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu)
