@@ -89,6 +89,8 @@ static int enter_at(kvmaio_vcpu *vcpu, int half, enum clocks clocks, int64_t sta
 		STRESS();
 		error = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? errno : 0;
 		vcpu->entries++;
+		if (error == EAGAIN) /* an application processor, whose start-up IPI has come */
+			vcpu->unrequested++;
 		/* What C answers itself goes straight back in: `immediate_exit` still counts. */
 	} while (!error && vcpu->fast && kvmaio_fast_serve(vcpu->fast, page));
 	STRESS();

@@ -120,6 +120,7 @@ class KvmCpu:
         self._promotion = Promotion(hub.costs)
         self._residents: Residents | None = None
         self._burst = NativeBurst(self)
+        self.last_turn = 0  # of the loop's thread: `Residents` counts them
         self._began_limit_ns = 0
         self._sync_left = 0
         self._page_has_registers = False

@@ -13,6 +13,7 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._native import ffi, lib
@@ -78,6 +79,7 @@ class Residents:
         self.handle = out[0]
         self.waiting: deque[KvmCpu] = deque()
         self.count = 0
+        self._turn_count = 0
         self._last_turn_ns = 0
         self._turns: Turns
         if selector is None:
@@ -130,7 +132,7 @@ class Residents:
         return now_ns - self._last_turn_ns > OWED_AFTER_NS
 
     def turn(self, now_ns: int, deadline_ns: int) -> KvmCpu | None:
-        """Run the guest that waits longest; returns its vCPU if its run ended: `deliver()` it.
+        """Run the guest whose last turn is the longest ago; returns its vCPU if its run ended: `deliver()` it.
 
         Args:
             deadline_ns: CLOCK_MONOTONIC, as `now_ns` is.
@@ -138,7 +140,10 @@ class Residents:
         cpu = self.waiting[0]
         if len(self.waiting) > 1:
             deadline_ns = min(deadline_ns, now_ns + self.slice_ns)
-            self.waiting.rotate(-1)
+            # Not by their order: a drain again and again has all of them begin to wait anew.
+            cpu = min(self.waiting, key=attrgetter("last_turn"))
+        self._turn_count += 1
+        cpu.last_turn = self._turn_count
         handle = cpu.handle
         before_ns = handle.inside_ns
         outcome = lib.kvmaio_resident_wait(self.handle, handle, deadline_ns)

@@ -164,14 +164,17 @@ async def test_memory_and_a_device_at_one_address_in_either_order(machine):
     machine.memory.add_ram(0x2000_1000, 0x1000)  # beside it
 
 
-@pytest.mark.kvmaio_cpu("kvm", "soft")
-async def test_memory_over_a_device_is_refused_after_a_hand_over(machine):
-    machine.attach(Diary(), mmio=0x2000_0000)
-    for cpu in ("soft", "kvm", "soft"):
-        await machine.switch_cpu(cpu)
-        with pytest.raises(ConfigurationError, match=r"diary0 at .* is already there"):
-            machine.memory.add_ram(0x2000_0000, 0x1000)
-    machine.memory.add_ram(0xFEFF_C000, 0x1000)  # a VM that is gone keeps no pages
+@pytest.mark.kvm
+@pytest.mark.soft
+@pytest.mark.parametrize("first", ["kvm", "soft"])
+async def test_memory_over_a_device_is_refused_after_a_hand_over(first):
+    async with Machine(memory="1M", cpu=first) as machine:
+        machine.attach(Diary(), mmio=0x2000_0000)
+        for cpu in ("soft", "kvm", "soft"):
+            await machine.switch_cpu(cpu)
+            with pytest.raises(ConfigurationError, match=r"diary0 at .* is already there"):
+                machine.memory.add_ram(0x2000_0000, 0x1000)
+        machine.memory.add_ram(0xFEFF_C000, 0x1000)  # a VM that is gone keeps no pages
 
 
 @pytest.mark.kvmaio_cpu("kvm")

@@ -268,6 +268,7 @@ def test_in_company_less_patience_is_due():
     assert policy.is_quiet(policy.quiet_ns // 10 + 1, crowd=10)
 
 
+@pytest.mark.kvm
 @pytest.mark.timeout(60 * PATIENCE)
 def test_all_that_storm_share_the_loops_thread_where_moves_are_cheap():
     async def main():
