@@ -132,7 +132,9 @@ class Residents:
         return now_ns - self._last_turn_ns > OWED_AFTER_NS
 
     def turn(self, now_ns: int, deadline_ns: int) -> KvmCpu | None:
-        """Run the guest whose last turn is the longest ago; returns its vCPU if its run ended: `deliver()` it.
+        """Run the guest whose last turn is the longest ago.
+
+        Returns its vCPU if its run ended: `deliver()` it.
 
         Args:
             deadline_ns: CLOCK_MONOTONIC, as `now_ns` is.
