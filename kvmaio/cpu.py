@@ -217,6 +217,9 @@ class AccessBurst(Protocol):
     def end(self) -> EntryResult | None:
         """What the last `next()` led to, if not to a plain access; as `CpuModel.enter()`."""
 
+    def is_running(self) -> bool:
+        """Is the last entry still under way?"""
+
     def words(self, access: int) -> Any:
         """Where the run page has the data of an access, as an array of one word of its size."""
 

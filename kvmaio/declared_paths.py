@@ -91,6 +91,11 @@ class DeclaredPaths:
         """Does any device have a posted register, so that `deliver()` must run?"""
         return any(declared.register.posted for declared in self._declared)
 
+    @property
+    def any_doorbell(self) -> bool:
+        """Does any device have a doorbell, to be looked for before each exit is served?"""
+        return any(declared.register.doorbell for declared in self._declared)
+
     def declare(self, device: Device, base: int | None, *, is_pio: bool) -> None:
         """Take up the registers of `device`, whose window starts at `base`."""
         if base is None:

@@ -78,6 +78,7 @@ class Entry:
         self._was_half = False
         self._injects = True
         self.page_is_stale = False
+        self._awaited = False  # somebody waits for the end of the entry
         self._leave_waiters: list[asyncio.Future[None]] = []
 
     def use_model(self, model: CpuModel) -> None:
@@ -191,6 +192,7 @@ class Entry:
     async def arrival(self) -> EntryResult:
         """Wait for the end of the entry that `begin()` began."""
         cancelled: asyncio.CancelledError | None = None
+        self._awaited = True
         try:
             while True:
                 try:
@@ -201,7 +203,7 @@ class Entry:
                     cancelled = error
                     self.model.kick_run()
         finally:
-            self.inside = False
+            self.inside = self._awaited = False
             self.registers.locked = None
             if self._leave_waiters:
                 self._tell_leave_waiters()
@@ -213,6 +215,9 @@ class Entry:
     async def left(self) -> None:
         """Wait until the guest has been left."""
         while self.inside:
+            if not self._awaited:  # an exception kept whoever began the entry from waiting for it
+                await self.arrival()
+                continue
             waiter = asyncio.get_running_loop().create_future()
             self._leave_waiters.append(waiter)
             await waiter

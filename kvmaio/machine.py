@@ -129,7 +129,7 @@ class Machine(Board):
         self.vcpus: list[VCpu] = []
         self.stats = MachineStatistics(self)
         self.irqchip = irqchip
-        self.watches_exits = False
+        self.watches_exits = self.has_doorbells = False
         self.tracing = Tracing(self)
         self.debugger: Debugger | None = None
         self._cpu = cpu
@@ -149,7 +149,7 @@ class Machine(Board):
         self.barrier = Barrier(self)
         self._restoring = asyncio.Lock()
         self._tasks = Tasks(self.name, self._end_by_guest, self._fail_outside)
-        self._lives = False  # the vCPUs have their tasks
+        self._lives: dict[int, asyncio.Task[None]] = {}  # each vCPU's task
         self._has_run = False
         self.fault_frame: int | None = None
         self._delivers = False
@@ -316,6 +316,7 @@ class Machine(Board):
 
     def _attached(self, device: Device) -> None:
         self.watches_exits = bool(self.paths)
+        self.has_doorbells = self.paths.any_doorbell
         for vcpu in self.vcpus:
             vcpu.disturbed = True
         if self._loop is not None:
@@ -775,20 +776,20 @@ class Machine(Board):
             raise ConfigurationError(f"cannot {what} while {self.name}.run() is active")
 
     def _start(self) -> None:
-        """Once: the vCPUs' tasks and the devices' own activities."""
+        """The vCPUs' tasks; and, once, the devices' own activities."""
+        self._start_cpus()
         if self._has_run:
             return
         self._has_run = True
-        self._start_cpus()
         for device in list(self.devices.values()):
             self._tasks.start(device)
         self._start_delivery()
 
     def _start_cpus(self) -> None:
-        if not self._lives:
-            self._lives = True
-            for vcpu in self.vcpus:
-                self._tasks.serve(vcpu.live(), vcpu.name)
+        for vcpu in self.vcpus:
+            life = self._lives.get(vcpu.index)
+            if life is None or life.done():  # a KeyboardInterrupt in it has ended it
+                self._lives[vcpu.index] = self._tasks.serve(vcpu.live(), vcpu.name)
 
     def _start_delivery(self) -> None:
         if self.paths.any_posted and not self._delivers:

@@ -57,9 +57,11 @@ class Tasks:
         """Is the present task a device's `run()`?"""
         return asyncio.current_task() in self._activities.values()
 
-    def serve(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    def serve(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start something that calls handlers of accesses."""
-        self._serving.append(self._spawn(coroutine, name))
+        task = self._spawn(coroutine, name)
+        self._serving.append(task)
+        return task
 
     async def serve_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Have such a thing done, and wait: it goes on to its end if the wait is cancelled."""

@@ -102,7 +102,6 @@ class VCpu(BurstingVCpu):
         index: from 0 on; also the KVM vCPU id and the APIC id.
         name: ``cpu0`` and so on.
         state: see the module's drawing.
-        stats: counters under gem5's names.
         halted: it is idle because of HLT.
         awaits_start_up: it is idle because of INIT.
         was_stepped: `run()` has been called.
@@ -126,7 +125,7 @@ class VCpu(BurstingVCpu):
         self.index = index
         self.name = f"cpu{index}"
         self.model = model
-        self.stats = CpuStatistics()
+        self._stats = CpuStatistics()
         self.halted = False
         self.awaits_start_up = False
         self.was_stepped = self.is_stepped = False
@@ -165,6 +164,13 @@ class VCpu(BurstingVCpu):
     @property
     def state(self) -> VCpuState:
         return self._state
+
+    @property
+    def stats(self) -> CpuStatistics:
+        """Counters under gem5's names."""
+        if self._bursting is not None:
+            self._book_burst()
+        return self._stats
 
     @property
     def context(self) -> Context:
@@ -370,7 +376,9 @@ class VCpu(BurstingVCpu):
         while True:
             try:
                 while self._allowed:
-                    if entry.events is not None and entry.events.fired:
+                    if entry.inside:  # an exception came between its beginning and the wait
+                        await entry.arrival()
+                    elif entry.events is not None and entry.events.fired:
                         await entry.events.let_waiters_run()
                     elif self._exit_due and (burst := self._possible_burst()) is not None:
                         follows = self._burst(burst)
@@ -484,6 +492,7 @@ class VCpu(BurstingVCpu):
 
     def last_exit(self) -> VmExit:
         """The exit that the run page holds, as a typed value."""
+        self._book_burst()
         exit_ = decode(self.model.page, self.model.io_words, self._entry.ticks)
         if isinstance(exit_, DebugEventExit):
             return attrs.evolve(exit_, watched=getattr(self.model, "watch_hits", ()))

@@ -20,7 +20,6 @@ from .instruction_events import InstructionEvents
 from .interrupts import Interrupts
 from .registers_sync import SyncedContext
 from .service import Service
-from .stats import CpuStatistics
 from .suspension import Suspended, drive
 from .vcpu_states import IDLE, RUNNING, SERVICE, VCpuState
 
@@ -39,7 +38,6 @@ class RestingVCpu:
 
     name: str
     model: CpuModel
-    stats: CpuStatistics
     interrupts: Interrupts
     halted: bool
     awaits_start_up: bool

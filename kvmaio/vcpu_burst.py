@@ -15,6 +15,7 @@ from .bus import Bus
 from .cpu import AccessBurst, CpuModel, EntryResult
 from .decode import Reason
 from .registers_sync import Newer
+from .stats import CpuStatistics
 from .suspension import Suspended, drive
 from .vcpu_at_rest import RestingVCpu
 from .vcpu_states import COMPLETION, RUNNING, SERVICE, VCpuOwner
@@ -38,11 +39,13 @@ class BurstingVCpu(RestingVCpu):
     """
 
     _owner: VCpuOwner
+    _stats: CpuStatistics
     _left: Callable[[EntryResult, int, int], None] | None
 
     def __init__(self, pio: Bus, mmio: Bus) -> None:
         super().__init__()
         self.disturbed = False
+        self._bursting: AccessBurst | None = None  # that has more time than is booked
         self._buses = (mmio, pio)
         # The key of an access -> what to do about it, in the order in which `_burst()` unpacks it.
         self._known: dict[int, tuple[Any, ...]] = {}
@@ -55,8 +58,14 @@ class BurstingVCpu(RestingVCpu):
             self._state is not SERVICE
             or self._entry.events is not None
             or self._registers.newer is _CONTEXT
-            or self._owner.watches_exits
             or self.interrupts.need_attention
+            # Its pin follows CR8, which a guest may change without an exit.
+            or self.interrupts.source is not None
+        ):
+            return None
+        owner = self._owner
+        if owner.watches_exits and (
+            owner.has_doorbells or owner.posted_lock.locked() or self.model.has_posted()
         ):
             return None
         burst = self.model.burst()
@@ -67,9 +76,9 @@ class BurstingVCpu(RestingVCpu):
 
         Returns what to await then, if anything.
         """
-        registers, stats, known = self._registers, self.stats, self._known
+        registers, stats, known = self._registers, self._stats, self._known
         following, left = burst.next, self._left
-        key, counted = burst.due, True
+        key, entering = burst.due, False
         self.disturbed = False
         # Before the handler runs, which may suspend the vCPU. And not again for each access: while
         # the guest is inside, nobody looks.
@@ -108,10 +117,14 @@ class BurstingVCpu(RestingVCpu):
                     words[0] = value & mask
                 if self.disturbed or registers.newer is not _MODEL:
                     break
+                self._exit_due = self._begun = False
+                entering = True
                 key = following()
                 if key < 0:
                     break
-                counted = False
+                entering = False
+                self._exit_due = self._begun = True
+                self._bursting = burst
                 stats.numVMExits += 1
                 if key & 1:
                     stats.numIO += 1
@@ -120,15 +133,33 @@ class BurstingVCpu(RestingVCpu):
                 if left is not None:
                     self._entry.executed(burst.executed_ns)
                     left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
+        except BaseException:
+            if entering and not burst.is_running():
+                # A signal's handler has raised just as the entry ended: what came is not lost.
+                self._end_burst(burst)
+            raise
         finally:
-            if not counted:
-                self._entry.executed(burst.executed_ns, in_all_ns=burst.take_ns())
-                if key >= 0:
+            if self._bursting is not None:
+                self._book_burst()
+                self._bursting = None
+                if self._exit_due and not entering:
                     self._service.reason = _IO if key & 1 else _MMIO
         self._exit_due = self._begun = False
+        if self._state is SERVICE:  # idle, and active again
+            self._state = RUNNING
         if key < 0 and self._entry.end_burst(burst) is None:
             return self._entry.arrival()
         return None
+
+    def _end_burst(self, burst: AccessBurst) -> None:
+        self._book_burst()
+        self._bursting = None
+        self._entry.end_burst(burst)
+
+    def _book_burst(self) -> None:
+        """Bring time up to date: while accesses come, it is only added up."""
+        if (burst := self._bursting) is not None:
+            self._entry.executed(burst.executed_ns, in_all_ns=burst.take_ns())
 
     async def _finish(self, pending: Awaitable[None]) -> None:
         """A handler has suspended: this vCPU waits for it."""

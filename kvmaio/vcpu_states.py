@@ -67,6 +67,7 @@ class VCpuOwner(Protocol):
     """What a vCPU tells the machine it belongs to."""
 
     watches_exits: bool
+    has_doorbells: bool
     """Are writes batched? If not, an exit is served straight away."""
 
     @property

@@ -291,10 +291,10 @@ static void spin_for_command(kvmaio_vcpu *vcpu)
 	} while (clock_ns(CLOCK_MONOTONIC) < until_ns);
 }
 
-static uint32_t wait_for_command(kvmaio_vcpu *vcpu)
+static uint32_t wait_for_command(kvmaio_vcpu *vcpu, int has_run)
 {
 	uint32_t command;
-	if (vcpu->run_id)
+	if (has_run)
 		spin_for_command(vcpu);
 	while ((command = atomic_load(&vcpu->command)) == IDLE) {
 		atomic_fetch_sub(&vcpu->hub->awake, 1);
@@ -313,7 +313,7 @@ static void *thread_main(void *argument)
 	atomic_fetch_add(&vcpu->hub->awake, 1);
 	atomic_store(&vcpu->command, IDLE);
 	futex_wake(&vcpu->command);
-	while (wait_for_command(vcpu) == GO) {
+	for (int has_run = 0; wait_for_command(vcpu, has_run) == GO; has_run = 1) {
 		int in_place = vcpu->in_place;
 		execute(vcpu);
 		/* Not a plain store: it could overwrite a QUIT. */

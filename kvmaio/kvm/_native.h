@@ -82,7 +82,7 @@ typedef struct kvmaio_vcpu {
 	int64_t burst_ns;    /* executed by the runs of kvmaio_resident_next; the loop sets it to 0 */
 
 	/* The access that ended the run, where it is one word of 1, 2, 4 or 8 bytes (a port's
-	 * at KVMAIO_PIO_DATA in the run page); else -1.
+	 * at KVMAIO_PIO_DATA in the run page) and no posted write waits; else -1.
 	 *
 	 *     address << 6 | size << 2 | is_write << 1 | is_pio
 	 */
@@ -101,6 +101,8 @@ typedef struct kvmaio_vcpu {
 	_Atomic(struct kvmaio_resident *) resident; /* whose thread runs it; NULL: its own */
 	int resident_run;                 /* a run has begun there and not ended */
 	int burst_end;                    /* see kvmaio_resident_next */
+	int misses;                       /* its budgets in a row in which none of its exits came */
+	unsigned tries;
 
 	kvmaio_fast *fast; /* what C answers itself, or NULL; set while outside of the guest */
 
@@ -171,9 +173,8 @@ typedef struct kvmaio_resident {
 	int64_t budget_ns;     /* exits are answered back to back for so long */
 	int64_t budget_end_ns; /* of the present budget; 0: none */
 	int64_t slice_ns;      /* a run without a watcher */
-	int hits;              /* exits within the present budget */
-	int misses;            /* budgets in a row in which no exit came */
-	unsigned tries;
+	kvmaio_vcpu *granted;  /* whose exit the present budget was for, or NULL */
+	int hits;              /* its exits since then */
 
 	/* The watcher: polls the loop's descriptors while the guest runs. */
 	int poll_fd; /* the loop's epoll descriptor, or -1: no watcher */

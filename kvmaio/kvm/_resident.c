@@ -143,14 +143,16 @@ static int finish(kvmaio_vcpu *vcpu, int outcome)
 	return outcome;
 }
 
-static void grant_budget(kvmaio_resident *resident, int64_t now_ns)
+static void grant_budget(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t now_ns)
 {
-	if (resident->budget_end_ns && !resident->hits)
-		resident->misses++;
-	else if (resident->hits)
-		resident->misses = 0;
+	kvmaio_vcpu *before = resident->granted;
+	if (before && resident->hits)
+		before->misses = 0;
+	else if (before && resident->budget_end_ns)
+		before->misses++;
+	resident->granted = vcpu;
 	resident->hits = 0;
-	if (resident->misses < MISSES_ALLOWED || ++resident->tries % RETRY == 0) {
+	if (vcpu->misses < MISSES_ALLOWED || ++vcpu->tries % RETRY == 0) {
 		resident->budget_end_ns = now_ns + resident->budget_ns;
 		set_timer(resident, resident->budget_end_ns + resident->budget_ns / GRACE_SHARE);
 	} else {
@@ -194,6 +196,7 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	vcpu->executed_cycles = -1;
 	vcpu->inside_ns = vcpu->longest_ns = 0;
 	vcpu->limit_ns = limit_ns;
+	vcpu->access = -1;
 	vcpu->resident_run = 1;
 	atomic_store(&vcpu->active, vcpu->run_id);
 	STRESS();
@@ -213,7 +216,7 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	}
 	int outcome = enter_at(vcpu, is_kicked(vcpu), COARSE, now_ns);
 	if (outcome == KVMAIO_EXIT) {
-		resident->hits++;
+		resident->hits += vcpu == resident->granted;
 		resident->inlined++;
 	}
 	return finish(vcpu, outcome);
@@ -358,7 +361,7 @@ int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t d
 	atomic_store(&resident->current, NULL);
 	/* A budget that was under way has lost its timer to this wait. */
 	if (outcome == KVMAIO_EXIT)
-		grant_budget(resident, clock_ns(CLOCK_MONOTONIC));
+		grant_budget(resident, vcpu, clock_ns(CLOCK_MONOTONIC));
 	else
 		resident->budget_end_ns = 0;
 	return finish(vcpu, outcome);
@@ -453,6 +456,8 @@ int kvmaio_resident_release(kvmaio_vcpu *vcpu)
 	int error = kvmaio_set_signal_mask(vcpu->fd);
 	if (!error) {
 		int goes_on = vcpu->resident_run;
+		if (vcpu->resident && vcpu->resident->granted == vcpu)
+			vcpu->resident->granted = NULL;
 		vcpu->resident_run = 0;
 		vcpu->resident = NULL;
 		if (goes_on)

@@ -37,6 +37,9 @@ class NativeBurst:
     def end(self) -> EntryResult | None:
         return self._cpu.enter(None)
 
+    def is_running(self) -> bool:
+        return bool(lib.kvmaio_vcpu_is_running(self._handle))
+
     def words(self, access: int) -> Any:
         page = self._cpu.page
         is_pio, size = access & 1, access >> 2 & 15

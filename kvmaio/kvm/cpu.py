@@ -277,7 +277,7 @@ class KvmCpu:
             return False
         # Beside a local APIC of KVM's, a guest that halts waits within KVM: that is no work.
         worked_ns = None if self.has_lapic else handle.executed_ns
-        if not promotion.exits_often(handle.inside_ns, worked_ns):
+        if not promotion.exits_often(handle.inside_ns, worked_ns, hub.sharers):
             return False
         if not has_room and not promotion.storms:
             return False

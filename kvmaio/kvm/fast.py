@@ -55,6 +55,7 @@ class FastPaths:
         needed = lib.KVM_CAP_COALESCED_PIO if is_pio else lib.KVM_CAP_COALESCED_MMIO
         if self._vm.capability(needed):  # without it every write is an exit: the same, slower
             self._vm.coalesce(address, size, is_pio)
+            self._tell_cpus()
 
     def share(self, address: int, size: int, is_pio: bool) -> Any:
         """Answer reads there from a cell, which is returned: an array of one 64-bit word."""
@@ -83,6 +84,9 @@ class FastPaths:
         result = lib.kvmaio_fast_add(self._handle, address, size, is_pio, cell)
         if result < 0:
             raise ConfigurationError("more than 64 shared and timed registers in one machine")
+        self._tell_cpus()
+
+    def _tell_cpus(self) -> None:
         for cpu in self._cpus:
             cpu.handle.fast = self._handle
 

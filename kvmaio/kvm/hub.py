@@ -84,6 +84,11 @@ class Hub:
             self._residents = Residents(self, self.costs)
         return self._residents
 
+    @property
+    def sharers(self) -> int:
+        """How many vCPUs the loop has."""
+        return len(self._cpus)
+
     def has_room(self) -> bool:
         """May one more vCPU live on this loop's thread, if it exits often?"""
         return self._residents is None or self._residents.has_room()

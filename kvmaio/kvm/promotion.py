@@ -74,8 +74,11 @@ OFTEN_WITHIN_NS = 10_000_000
 USUAL_EXIT_NS = 10_000
 """... where an exit costs no more than this; where it does, more time by as much."""
 STORM_WITHIN_NS = 1_500_000
-"""So many within so much work of the guest's are a storm: whatever else would run it meanwhile,
-the changes of threads would take longer than the guest."""
+"""So many within so much work of the guest's are a storm, for whose guest the changes of threads
+would take longer than it does itself ..."""
+STORM_EXIT_NS = 60_000
+"""... if they also come this fast, all who share the loop taken together: a loop that serves many
+on their own threads gets to each of them only now and then."""
 QUIET_NS = 50_000_000
 CERTAIN = 20
 """Where there is no way back in, a guest must have been quiet for so many times as long: an
@@ -101,6 +104,7 @@ class Promotion:
         "_count",
         "_last_move_ns",
         "_left_ns",
+        "_since_ns",
         "_slow_exit_ns",
         "_worked_ns",
         "moves",
@@ -113,6 +117,7 @@ class Promotion:
         self._count = 0
         self._busy_ns = 0
         self._worked_ns = 0
+        self._since_ns = 0
         self._left_ns = 0
         self._last_move_ns = 0
         self.moves = 0
@@ -122,7 +127,7 @@ class Promotion:
         """The guest was left; now its exit is served, until it is entered again."""
         self._left_ns = time.monotonic_ns()
 
-    def exits_often(self, inside_ns: int, worked_ns: int | None = None) -> bool:
+    def exits_often(self, inside_ns: int, worked_ns: int | None = None, sharers: int = 1) -> bool:
         """Called once per entry on the native thread: should it move in?
 
         The time in the guest and that of its devices count. What the changes of threads
@@ -132,8 +137,11 @@ class Promotion:
             inside_ns: how long it was in its guest before the last exit.
             worked_ns: how much of that the guest was executed; None if that is unknown. The rest
                 it has waited, for a processor or within KVM.
+            sharers: how many vCPUs the loop has.
         """
         now_ns = time.monotonic_ns()
+        if not self._count:
+            self._since_ns = now_ns
         self._count += 1
         self._busy_ns += inside_ns
         self._worked_ns += inside_ns if worked_ns is None else worked_ns
@@ -143,7 +151,11 @@ class Promotion:
         if self._count < OFTEN_EXITS:
             return False
         often = self._busy_ns * USUAL_EXIT_NS < OFTEN_WITHIN_NS * self._slow_exit_ns
-        self.storms = self._worked_ns * USUAL_EXIT_NS < STORM_WITHIN_NS * self._slow_exit_ns
+        most_ns = OFTEN_EXITS * STORM_EXIT_NS * sharers
+        self.storms = (
+            self._worked_ns * USUAL_EXIT_NS < STORM_WITHIN_NS * self._slow_exit_ns
+            and (now_ns - self._since_ns) * USUAL_EXIT_NS < most_ns * self._slow_exit_ns
+        )
         self._count = self._busy_ns = self._worked_ns = 0
         return (often or self.storms) and self._may_move(now_ns)
 

@@ -22,7 +22,7 @@ SPIN = ("again:", "inc bx", "jmp again")
 class Nobody:
     """A vCPU's owner that does nothing."""
 
-    watches_exits = False
+    watches_exits = has_doorbells = False
 
     def __init__(self) -> None:
         self.posted_lock = asyncio.Lock()

@@ -10,7 +10,7 @@ from kvmaio import Device, Exited, Machine, Register, Stopped, VCpuState, curren
 from kvmaio.boot import Flat
 from kvmaio.bus import Target
 from kvmaio.devices import DebugExit
-from kvmaio.kvm import promotion
+from kvmaio.kvm import burst, promotion
 from tests.resident.guests import PATIENCE, cpu_of
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60 * PATIENCE)]
@@ -225,6 +225,79 @@ async def test_a_layer_that_comes_meanwhile_stands_between(at_once):
         machine.load(Flat((OUT + COUNT) * 12 + b"\xf4", 0x1000))
         await machine.run()
     assert counted(device) == [*range(6), *(0xFF - n for n in range(6, 12))]
+
+
+# ---- exceptions as an entry ends ------------------------------------------------------------
+
+
+class Struck(Exception):
+    """As a signal's handler may raise."""
+
+
+@pytest.mark.parametrize("code", [OUT + COUNT, IN + OUT, STORE + COUNT], ids=["out", "in", "mmio"])
+@pytest.mark.parametrize("kind", [Struck, KeyboardInterrupt])
+def test_an_exception_as_the_guest_comes_out_loses_no_access(monkeypatch, at_once, code, kind):
+    """The guest writes down 0, 1, 2, ...: none is missing, and none comes twice."""
+    strikes = iter([False] * 20 + [True] + [False] * 3 + [True] * 2 + [False] * 50 + [True])
+
+    def struck(function, *arguments):
+        def following():
+            access = function(*arguments)
+            if next(strikes, False):
+                raise kind
+            return access
+
+        return following
+
+    monkeypatch.setattr(burst, "partial", struck)
+
+    class Numbers(Device):
+        size = 1
+        number = -1
+
+        def __init__(self):
+            self.written = []
+
+        def read(self, offset, size):
+            self.number = self.number + 1 & 0xFF
+            return self.number
+
+        def write(self, offset, size, value):
+            self.written.append(value)
+
+    async def enter():
+        machine = await Machine(memory="32K", cpu="kvm").__aenter__()
+        device = machine.attach(Numbers(), pio=PORT, mmio=WINDOW)
+        machine.load(Flat(code + bytes((0xEB, 256 - len(code) - 2)), 0x1000))
+        return machine, device
+
+    async def run_until(count):
+        runs.append(asyncio.ensure_future(machine.run()))
+        async with asyncio.timeout(20 * PATIENCE):
+            while not runs[-1].done() and len(device.written) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        await stop()
+
+    async def stop():
+        machine.stop()
+        async with asyncio.timeout(20 * PATIENCE):
+            await runs[-1]
+
+    loop = asyncio.new_event_loop()
+    machine, device = loop.run_until_complete(enter())
+    seen = 0
+    runs: list[asyncio.Future[object]] = []
+    for count in range(60, 600, 60):
+        try:
+            loop.run_until_complete(run_until(count))
+        except kind:
+            seen += 1
+            if kind is KeyboardInterrupt:  # it has stopped the loop, and not the run
+                loop.run_until_complete(stop())
+    assert seen >= 3 and len(device.written) > 400
+    assert device.written == [n & 0xFF for n in range(len(device.written))]
+    loop.run_until_complete(machine.close())
+    loop.close()
 
 
 # ---- handlers --------------------------------------------------------------------------------

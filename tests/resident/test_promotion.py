@@ -262,6 +262,17 @@ def test_work_between_exits_tells_a_storm_from_a_guest_that_has_to_wait():
     assert not policy.storms  # it computes as well
 
 
+def test_a_guest_whose_devices_take_their_time_is_no_storm(monkeypatch):
+    now_ns = 1_000 * MS
+    monkeypatch.setattr(promotion, "time", SimpleNamespace(monotonic_ns=lambda: now_ns))
+    for pause_ns, storms in ((100 * US, False), (10 * US, True)):
+        policy = Promotion(CHEAP)
+        for _ in range(promotion.OFTEN_EXITS):
+            now_ns += pause_ns
+            policy.exits_often(10 * US, 10 * US)
+        assert policy.storms is storms
+
+
 def test_in_company_less_patience_is_due():
     policy = Promotion(CHEAP)
     assert not policy.is_quiet(policy.quiet_ns)
