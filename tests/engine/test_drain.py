@@ -374,6 +374,7 @@ class Worker(Device):
         self.steps = steps
         self.done = 0
         self.next_one: Worker | None = None
+        self.go_on: asyncio.Event | None = None  # waited for within each step
         self.kicked = asyncio.Event()
 
     @kick.on_write
@@ -391,6 +392,8 @@ class Worker(Device):
                 for _ in range(self.steps):
                     await asyncio.sleep(0.001)
                     self.done += 1
+                    if self.go_on is not None:
+                        await self.go_on.wait()
                 if self.next_one is not None:
                     self.next_one.begin()
                     await asyncio.sleep(0)  # it has begun before this is over
@@ -404,10 +407,14 @@ async def test_device_that_disturbs_a_drained_peer_forces_another_round(boot):
     machine.attach(second, pio=0x61)
     machine.attach(first, pio=0x60)
     first.next_one = second
+    first.go_on = asyncio.Event()
     async with deadline():
         run = asyncio.create_task(machine.run())
         await until(lambda: first.done)
-        await machine.drain()
+        drain = asyncio.create_task(machine.drain())
+        await until(lambda: machine.barrier.is_moving)
+        first.go_on.set()
+        await drain
         assert (first.done, second.done) == (5, 5)
         assert machine.barrier.rounds >= 3  # first busy; second busy; all at rest
         machine.resume()
