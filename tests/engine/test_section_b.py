@@ -252,6 +252,7 @@ async def end_by_kick(vcpu):
     assert type(await run) is InterruptedExit
 
 
+@pytest.mark.soft
 @pytest.mark.kvmaio_cpu("kvm")
 async def test_startup_thread_kicks_arrive_after_a_drain_and_after_a_hand_over(boot):
     machine = boot(*SPIN)

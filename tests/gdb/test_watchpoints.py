@@ -172,6 +172,7 @@ async def test_gdb_is_told_why_reads_cannot_be_watched(boot, options, why):
 
 
 @needs_gdb
+@pytest.mark.soft
 @pytest.mark.kvmaio_cpu("kvm")
 @host_only(pvm=True, why="only PVM in 64-bit user mode can neither step nor stop")
 async def test_where_kvm_cannot_step_writes_are_watched_by_the_software_cpu(boot):
