@@ -175,10 +175,16 @@ class Entry:
             self.registers.entered()
         return self._begun(result)
 
-    def executed(self, last_ns: int, *, in_all_ns: int = 0) -> None:
-        """Book the host time of entries that ended with accesses, in a burst."""
+    def executed(self, last_ns: int) -> None:
+        """An entry of a burst has ended with an access: so long was it, in host time."""
         self._executed_ns, self._was_half = last_ns, False
-        self.stats.numCycles += in_all_ns * self._milli_cycles_per_us // 1_000_000
+
+    def book_burst(self, burst: AccessBurst) -> None:
+        """Book what its entries that ended with accesses have executed and is not booked yet."""
+        self.executed(burst.executed_ns)
+        self.stats.numCycles += burst.take_ns() * self._milli_cycles_per_us // 1_000_000
+        if self._counts:
+            self._book_instructions()
 
     def progressed(self, executed_ns: int) -> None:
         """Book what the entry under way has come to so far, in host time."""
@@ -186,8 +192,11 @@ class Entry:
         self.stats.numCycles += cycles - self._booked_cycles
         self._booked_cycles = cycles
         if self._counts:
-            instructions = self.model.instructions
-            self.stats.numInsts = self.stats.totalInsts = self.stats.ctrInsts = instructions
+            self._book_instructions()
+
+    def _book_instructions(self) -> None:
+        instructions = self.model.instructions
+        self.stats.numInsts = self.stats.totalInsts = self.stats.ctrInsts = instructions
 
     async def arrival(self) -> EntryResult:
         """Wait for the end of the entry that `begin()` began."""

@@ -157,9 +157,9 @@ class BurstingVCpu(RestingVCpu):
         self._entry.end_burst(burst)
 
     def _book_burst(self) -> None:
-        """Bring time up to date: while accesses come, it is only added up."""
+        """Bring time and counts up to date: while accesses come, they are only added up."""
         if (burst := self._bursting) is not None:
-            self._entry.executed(burst.executed_ns, in_all_ns=burst.take_ns())
+            self._entry.book_burst(burst)
 
     async def _finish(self, pending: Awaitable[None]) -> None:
         """A handler has suspended: this vCPU waits for it."""

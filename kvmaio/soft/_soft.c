@@ -70,6 +70,17 @@ static int gave_up(struct cpu *cpu)
 	return exits(cpu, KVM_EXIT_INTERNAL_ERROR);
 }
 
+/* See `access` of kvmaio_soft. */
+static int64_t key_of(const struct access *access)
+{
+	const int is_pio = access->kind == PORT_READ || access->kind == PORT_WRITE;
+	const int is_write = access->kind == PORT_WRITE || access->kind == MEMORY_WRITE;
+	const uint32_t size = access->size;
+	if (size & (size - 1) || size > 8 || access->address >> 52)
+		return -1;
+	return (int64_t)(access->address << 6 | size << 2 | is_write << 1 | is_pio);
+}
+
 static int exit_for_access(struct cpu *cpu)
 {
 	struct kvm_run *page = cpu->public.page;
@@ -81,6 +92,7 @@ static int exit_for_access(struct cpu *cpu)
 		page->io.count = 1;
 		page->io.data_offset = GUEST_PAGE;
 		memcpy((uint8_t *)page + GUEST_PAGE, &access->data, 8);
+		cpu->public.access = key_of(access);
 		return exits(cpu, KVM_EXIT_IO);
 	}
 	if (kvmaio_map_mmio(cpu, access->address, access->size) < 0)
@@ -89,6 +101,7 @@ static int exit_for_access(struct cpu *cpu)
 	page->mmio.len = access->size;
 	page->mmio.is_write = access->kind == MEMORY_WRITE;
 	memcpy(page->mmio.data, &access->data, 8);
+	cpu->public.access = key_of(access);
 	return exits(cpu, KVM_EXIT_MMIO);
 }
 
@@ -298,6 +311,7 @@ static int slice(struct cpu *cpu)
 static void prepare(struct cpu *cpu)
 {
 	cpu->public.hit_count = 0;
+	cpu->public.access = -1;
 	take_answer(cpu);
 	*cr8(cpu) = cpu->public.page->cr8 & 15; /* as KVM does, at each entry */
 	/* Where a stop must be exact, every instruction is looked at. */
@@ -351,7 +365,11 @@ static int run_until(struct cpu *cpu, int64_t until_ns)
 
 static void begin(struct cpu *cpu, int64_t limit)
 {
-	cpu->public.run_id++;
+	/* An exception may have kept the caller from waiting for the run before: go on with it. */
+	if (!kvmaio_soft_is_running(&cpu->public)) {
+		cpu->public.run_id++;
+		cpu->public.began = cpu->public.ticks;
+	}
 	cpu->attention.kick = 0;
 	/* The flag before the look: a kick does it the other way round. */
 	cpu->half = limit == 0 || atomic_load(&cpu->kicked) >= cpu->public.run_id;
@@ -382,6 +400,20 @@ int kvmaio_soft_go_on(kvmaio_soft *public)
 	return run_until(cpu, now + public->inline_ns);
 }
 
+int64_t kvmaio_soft_next(kvmaio_soft *public)
+{
+	public->burst_end = kvmaio_soft_enter(public, -1);
+	if (public->burst_end != KVMAIO_SOFT_EXIT || public->access < 0)
+		return -1;
+	public->burst_ticks = public->ticks;
+	return public->access;
+}
+
+int kvmaio_soft_is_running(const kvmaio_soft *public)
+{
+	return atomic_load(&((const struct cpu *)public)->ended) != public->run_id;
+}
+
 int64_t kvmaio_soft_part(kvmaio_soft *public, int64_t limit)
 {
 	return limit > 1 ? (int64_t)vary((struct cpu *)public, limit) : limit;
@@ -398,6 +430,7 @@ int kvmaio_soft_half_entry(kvmaio_soft *public)
 	struct cpu *cpu = (struct cpu *)public;
 	cpu->half = 1;
 	cpu->remaining = -1;
+	public->began = public->ticks;
 	prepare(cpu);
 	return execute(cpu, 0);
 }
@@ -516,6 +549,7 @@ int kvmaio_soft_create(kvmaio_soft_machine *machine, kvmaio_soft **out)
 	cpu->machine = machine;
 	cpu->public.counting = 1;
 	cpu->public.arrived_fd = -1;
+	cpu->public.access = -1;
 	cpu->pc = cpu->repeat_pc = cpu->skip_breakpoint = NOWHERE;
 	cpu->interrupt = cpu->exception.vector = -1;
 	int error = open_engine(cpu);

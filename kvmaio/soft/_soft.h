@@ -79,6 +79,11 @@ typedef struct kvmaio_soft {
 	int forgets_handlers; /* another model may have written the code that an exception leads to */
 	int undefined;        /* the last such failure was a #UD */
 	uint64_t run_id;
+	int64_t access;       /* that the page holds: address << 6 | size << 2 | is_write << 1 | is_pio;
+	                       * -1: none, or no plain one */
+	int burst_end;        /* what the last kvmaio_soft_next() led to */
+	uint64_t began;       /* `ticks` as the last entry began, */
+	uint64_t burst_ticks; /* and as the last one by kvmaio_soft_next() ended with an access */
 	uint64_t ticks;       /* instructions executed so far; nanoseconds while not counting */
 	uint64_t tsc_offset;  /* the time stamp counter is this + its clock's periods: */
 	uint64_t clock_hz;    /* of which there are so many in a second, */
@@ -104,6 +109,9 @@ void kvmaio_soft_own_cpuid(kvmaio_soft *cpu, struct kvmaio_soft_cpuid *entry);
  * LATER: others are to have a turn; kvmaio_soft_go_on() or kvmaio_soft_hand_over() then. */
 int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
+/* kvmaio_soft_enter() without a limit: the access that the guest makes, as in `access`; else -1,
+ * and `burst_end` has the outcome. */
+int64_t kvmaio_soft_next(kvmaio_soft *cpu);
 /* The run goes on on the CPU's own thread; `arrived_fd` tells of its end. */
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 
@@ -116,6 +124,9 @@ int kvmaio_soft_run(kvmaio_soft *cpu, int64_t limit);
 
 /* Complete a pending access, no more. No run: a kick is for the run behind it. */
 int kvmaio_soft_half_entry(kvmaio_soft *cpu);
+
+/* Is a run under way, or was begun and is to go on? */
+int kvmaio_soft_is_running(const kvmaio_soft *cpu);
 
 /* End the run with this id, under way or still to come. Any thread; a signal's handler. */
 void kvmaio_soft_kick(kvmaio_soft *cpu, uint64_t run_id);

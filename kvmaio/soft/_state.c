@@ -141,6 +141,7 @@ void kvmaio_soft_set(kvmaio_soft *public, const struct kvm_regs *regs, const str
 	if (other_paging)
 		kvmaio_flush_tlb(cpu);
 	cpu->pc = NOWHERE;
+	public->access = -1;
 	kvmaio_forget_accesses(cpu);
 	kvmaio_forget_hits(cpu);
 }

@@ -35,7 +35,10 @@ struct kvmaio_soft_hit { uint64_t address; int kinds; };
 typedef struct kvmaio_soft {
     struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns;
     int counting, outcome, yielded, keeps_undefined, forgets_handlers, undefined;
-    uint64_t run_id, ticks, tsc_offset, clock_hz;
+    uint64_t run_id;
+    int64_t access;
+    int burst_end;
+    uint64_t began, burst_ticks, ticks, tsc_offset, clock_hz;
     int by_wall_clock;
     uint64_t clock, exits, slices, deliveries;
     struct kvmaio_soft_hit *hits;
@@ -47,6 +50,8 @@ int kvmaio_soft_set_cpuid(kvmaio_soft *cpu, const struct kvmaio_soft_cpuid *entr
 void kvmaio_soft_own_cpuid(kvmaio_soft *cpu, struct kvmaio_soft_cpuid *entry);
 int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
+int64_t kvmaio_soft_next(kvmaio_soft *cpu);
+int kvmaio_soft_is_running(const kvmaio_soft *cpu);
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 int64_t kvmaio_soft_part(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_run(kvmaio_soft *cpu, int64_t limit);

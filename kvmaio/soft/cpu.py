@@ -22,6 +22,7 @@ from ..kvm.context import context_from, store
 from ..kvm.cpuid import CpuidEntry
 from ..watchpoints import WatchHit, WatchKind, Watchpoint
 from ._soft import ffi, lib
+from .burst import SoftBurst
 from .counting import SoftStop
 from .kept import Kept
 from .msrs import MSRS
@@ -106,10 +107,10 @@ class SoftCpu:
         self._inside = False
         self._began = 0  # the limit of what `begin()` began
         self._is_part = False
-        self._before = 0  # ticks at the last entry
         self._counted_until: int | None = None  # its ticks, where it does not count since then
         self._breakpoints: tuple[int, ...] = ()
         self._ticks_are_ns = clock_hz == 1_000_000_000
+        self._burst = SoftBurst(self)
         self._fd = self.handle.arrived_fd
         self._loop.add_reader(self._fd, self._arrived)
         self.xcr0 = 1  # x87 alone, as after reset
@@ -135,20 +136,24 @@ class SoftCpu:
     # ---- entering -------------------------------------------------------------
 
     def enter(self, limit_ns: int | None) -> EntryResult | None:
-        handle = self.handle
-        self._before = handle.ticks
-        outcome = lib.kvmaio_soft_enter(handle, self._limit(limit_ns))
+        return self.outcome_of(lib.kvmaio_soft_enter(self.handle, self._limit(limit_ns)))
+
+    def outcome_of(self, outcome: int) -> EntryResult | None:
+        """The result of an entry that has just come back, or None if it goes on: as `enter()`."""
         if outcome != _LATER:
             return _RESULTS[outcome]
         self._inside = True
-        if handle.yielded:
+        if self.handle.yielded:
             self._loop.call_soon(self._go_on)
         else:
             self._hand_over()
         return None
 
-    def burst(self) -> None:
-        return None
+    def burst(self) -> SoftBurst | None:
+        if self.instruction_stop.until is not None:
+            return None  # its entries have a limit
+        self._burst.begin()
+        return self._burst
 
     def _go_on(self) -> None:
         if self.handle is None:
@@ -200,18 +205,19 @@ class SoftCpu:
     @property
     def executed_ns(self) -> int:
         """What the last entry executed, in the time of `clock_hz`; exact in the long run."""
-        ticks: int = self.handle.ticks
+        return self.elapsed_ns(self.handle.began, self.handle.ticks)
+
+    def elapsed_ns(self, began: int, ended: int) -> int:
+        """The time between two values of `ticks`, as they are counted at present."""
         if self._ticks_are_ns:
-            return ticks - self._before
-        return self._time_ns(ticks) - self._time_ns(self._before)
+            return ended - began
+        return self._time_ns(ended) - self._time_ns(began)
 
     def half_entry(self) -> EntryResult:
-        self._before = self.handle.ticks
         return _RESULTS[lib.kvmaio_soft_half_entry(self.handle)]
 
     def begin(self, limit_ns: int) -> None:
         # Nothing yet: CPUs of one machine take turns anyway, and so their order is fixed.
-        self._before = self.handle.ticks
         self._see_time()
         limit = self._limit(limit_ns)
         # Where there are others, a part first, and at the next time the rest.
@@ -270,6 +276,7 @@ class SoftCpu:
             self._counted_until = None
         elif self._counted_until is None:
             self._counted_until = ticks
+        self._burst.settle()
         self.handle.counting = on
         self._ticks_are_ns = not on or self.host_hz == 1_000_000_000
 
