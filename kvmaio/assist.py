@@ -12,6 +12,7 @@ stay that was not worth it has cost no more than it could have saved.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -45,10 +46,7 @@ _ACCESSES = (Reason.IO, Reason.MMIO)
 
 # What looks at more than registers and memory, by what its bytes contain: IRET (it unblocks
 # NMIs); XGETBV, XSAVE and their kind; RDTSCP, SWAPGS; SYSCALL, SYSRET, SYSENTER, SYSEXIT; CPUID.
-_SYSTEM = (
-    *(b"\xcf", b"\x0f\x01", b"\x0f\xae", b"\x0f\x05", b"\x0f\x07", b"\x0f\x34", b"\x0f\x35"),
-    b"\x0f\xa2",
-)
+_looks_at_system = re.compile(rb"\xcf|\x0f[\x01\xae\x05\x07\x34\x35\xa2]").search
 _VEX, _LEGACY = b"\xc4\xc5\x62", b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3"
 
 
@@ -172,7 +170,7 @@ class Assist:
     def _take(self) -> None:
         self._raw.fetch()
         self._at = self._raw.where()
-        self._whole = self.instructions > 1 or not self._code or _looks_at_system(self._code)
+        self._whole = bool(self.instructions > 1 or not self._code or _looks_at_system(self._code))
         self._loan.take(self._raw, whole=self.instructions > 1)
         if self._whole:
             if (cpuid := self._raw.cpu.cpuid) is not self._cpu.cpuid:
@@ -285,10 +283,6 @@ class Assist:
         if soft is not None:
             self._cpu.close()
             soft.close()
-
-
-def _looks_at_system(code: bytes) -> bool:
-    return any(part in code for part in _SYSTEM)
 
 
 def is_vector_extension(code: bytes, bits: int) -> bool:

@@ -14,7 +14,7 @@ from cffi import FFI
 HERE = Path(__file__).parent
 SOURCES = (
     *("_native.c", "_resident.c", "_fast.c", "_measure.c"),
-    *("_run_timer.c", "_counters.c"),
+    *("_run_timer.c", "_counters.c", "_raw.c"),
 )
 
 IOCTLS = """
@@ -228,6 +228,13 @@ int kvmaio_run_timer_expired(kvmaio_run_timer *timer);
 void kvmaio_run_timer_disarm(kvmaio_run_timer *timer);
 void kvmaio_run_timer_close(kvmaio_run_timer *timer);
 int64_t kvmaio_run_timer_resolution(kvmaio_run_timer *timer, int rounds);
+typedef struct kvmaio_raw {
+    int fd; unsigned long get_xsave; size_t xsave_size;
+    struct kvm_regs regs; struct kvm_sregs sregs, sregs_before;
+    uint8_t *xsave, *xsave_before; const char *operation;
+} kvmaio_raw;
+int kvmaio_raw_fetch(kvmaio_raw *raw);
+int kvmaio_raw_put_back(kvmaio_raw *raw);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 int64_t kvmaio_measure_entry(int kvm_fd, size_t page_size);
 """
@@ -240,7 +247,7 @@ ffibuilder.cdef(
 )
 ffibuilder.set_source(
     "kvmaio.kvm._native",
-    '#include "_native.h"\n#include "_counters.h"',
+    '#include "_native.h"\n#include "_counters.h"\n#include "_raw.h"',
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[str(HERE)],
     depends=[str(path) for path in HERE.glob("_*.h")],

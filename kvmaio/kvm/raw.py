@@ -33,23 +33,21 @@ class RawRegisters:
 
     def __init__(self, cpu: KvmCpu) -> None:
         self.cpu = cpu
-        self._get_xsave = cpu.get_xsave
-        self._regs = ffi.new("struct kvm_regs *")
-        self._sregs = ffi.new("struct kvm_sregs *")
-        self._xsave = ffi.new("char[]", cpu.xsave_size)
-        self._before: tuple[bytes, bytes] = b"", b""
+        size = cpu.xsave_size
+        self._areas = [ffi.new("uint8_t[]", size) for _ in range(2)]
+        self._raw = raw = ffi.new("kvmaio_raw *")
+        raw.fd, raw.get_xsave, raw.xsave_size = cpu.fd, cpu.get_xsave, size
+        raw.xsave, raw.xsave_before = self._areas
+        self._regs, self._sregs = raw.regs, raw.sregs
         self._events = b""
         self.regs, self.sregs, self.xsave = (
-            int(ffi.cast("uintptr_t", part)) for part in (self._regs, self._sregs, self._xsave)
+            int(ffi.cast("uintptr_t", part))
+            for part in (ffi.addressof(raw, "regs"), ffi.addressof(raw, "sregs"), raw.xsave)
         )
 
     def fetch(self) -> None:
         """Have them as they are now; the guest must not be running, no access pending."""
-        fd = self.cpu.fd
-        check(lib.kvmaio_ioctl(fd, lib.KVM_GET_REGS, self._regs), "KVM_GET_REGS")
-        check(lib.kvmaio_ioctl(fd, lib.KVM_GET_SREGS, self._sregs), "KVM_GET_SREGS")
-        check(lib.kvmaio_ioctl(fd, self._get_xsave, self._xsave), "KVM_GET_XSAVE")
-        self._before = self._parts()
+        self._check(lib.kvmaio_raw_fetch(self._raw))
 
     def where(self) -> tuple[int, int]:
         """The linear address of the next instruction, and its 16, 32 or 64 bits."""
@@ -65,17 +63,12 @@ class RawRegisters:
         The general registers in any case: that drops the #UD which KVM has made pending
         for the instruction that it could not emulate.
         """
-        fd = self.cpu.fd
-        sregs, xsave = self._parts()
-        if sregs != self._before[0]:
-            check(lib.kvmaio_ioctl(fd, lib.KVM_SET_SREGS, self._sregs), "KVM_SET_SREGS")
-        if xsave != self._before[1]:
-            check(lib.kvmaio_ioctl(fd, lib.KVM_SET_XSAVE, self._xsave), "KVM_SET_XSAVE")
-        check(lib.kvmaio_ioctl(fd, lib.KVM_SET_REGS, self._regs), "KVM_SET_REGS")
+        self._check(lib.kvmaio_raw_put_back(self._raw))
         self.cpu.registers_changed(int(self._sregs.cr8))
 
-    def _parts(self) -> tuple[bytes, bytes]:
-        return bytes(ffi.buffer(self._sregs)), bytes(ffi.buffer(self._xsave))
+    def _check(self, result: int) -> None:
+        if result < 0:
+            check(result, ffi.string(self._raw.operation).decode())
 
     def system(self, msrs: tuple[int, ...]) -> SystemState:
         """What else an instruction may look at; of the MSRs, those with these indices."""

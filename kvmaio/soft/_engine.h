@@ -256,6 +256,8 @@ struct cpu {
 	int pieces; /* of an unaligned read, which are still to come */
 	uc_hook read_hook, write_hook;
 
+	uint8_t borrowed_fpu[512]; /* as it was taken over */
+
 	pthread_t thread;
 	int started;
 	_Atomic uint32_t command __attribute__((aligned(64)));

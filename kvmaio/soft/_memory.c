@@ -284,7 +284,7 @@ uint64_t kvmaio_soft_translate(kvmaio_soft *public, uint64_t linear)
 
 #define LONGEST_INSTRUCTION 15
 
-static void forget_at(struct cpu *cpu, uint64_t linear)
+static void forget_at(struct cpu *cpu, uint64_t linear, unsigned size)
 {
 	uint64_t physical;
 	uint8_t *host;
@@ -294,7 +294,7 @@ static void forget_at(struct cpu *cpu, uint64_t linear)
 	if (!host)
 		return;
 	const uint64_t at = uc(qemu_ram_addr_from_host, cpu->engine, host);
-	uc(tb_invalidate_phys_range, cpu->engine, at, at + 1);
+	uc(tb_invalidate_phys_range, cpu->engine, at, at + size);
 }
 
 void kvmaio_soft_forget(kvmaio_soft *public, int all)
@@ -308,8 +308,10 @@ void kvmaio_soft_forget(kvmaio_soft *public, int all)
 	uint64_t linear = registers->rip;
 	if (!(registers->hflags & HFLAG_CS64))
 		linear = (uint32_t)(registers->segments[CS].base + linear);
-	for (unsigned i = 0; i <= LONGEST_INSTRUCTION; i++)
-		forget_at(cpu, linear + i);
+	const unsigned size = LONGEST_INSTRUCTION + 1, rest = GUEST_PAGE - linear % GUEST_PAGE;
+	forget_at(cpu, linear, size < rest ? size : rest);
+	if (rest < size)
+		forget_at(cpu, linear + rest, size - rest);
 	kvmaio_flush_tlb(cpu);
 	cpu->repeat_pc = NOWHERE;
 }

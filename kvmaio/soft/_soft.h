@@ -144,6 +144,8 @@ void kvmaio_soft_set(kvmaio_soft *cpu, const struct kvm_regs *regs, const struct
 /* x87 and SSE, as FXSAVE64 writes them (512 bytes). */
 void kvmaio_soft_get_fpu(kvmaio_soft *cpu, uint8_t *area);
 void kvmaio_soft_set_fpu(kvmaio_soft *cpu, const uint8_t *area);
+/* The same from an XSAVE area; a component that is not marked present is in its initial state. */
+void kvmaio_soft_set_xsave(kvmaio_soft *cpu, const uint8_t *area);
 int kvmaio_soft_get_msr(kvmaio_soft *cpu, uint32_t index, uint64_t *value);
 int kvmaio_soft_set_msr(kvmaio_soft *cpu, uint32_t index, uint64_t value);
 uint64_t kvmaio_soft_get_xcr0(kvmaio_soft *cpu);
@@ -156,6 +158,13 @@ void kvmaio_soft_set_events(kvmaio_soft *cpu, const struct kvm_vcpu_events *even
 /* Memory and page tables have been another CPU model's: forget what was made of them, at RIP
  * or everywhere. */
 void kvmaio_soft_forget(kvmaio_soft *cpu, int all);
+
+/* Take over another CPU model's registers, and forget as above; and put them back where they lie:
+ * of `sregs`, the registers; of the XSAVE area, x87 and SSE, where anything of them has changed. */
+void kvmaio_soft_borrow(kvmaio_soft *cpu, const struct kvm_regs *regs,
+			const struct kvm_sregs *sregs, const uint8_t *xsave, int all);
+void kvmaio_soft_give_back(kvmaio_soft *cpu, struct kvm_regs *regs, struct kvm_sregs *sregs,
+			   uint8_t *xsave);
 
 /* Is something to be delivered that is in the CPU already? */
 int kvmaio_soft_has_event(kvmaio_soft *cpu);

@@ -233,6 +233,54 @@ void kvmaio_soft_set_fpu(kvmaio_soft *public, const uint8_t *area)
 	put(cpu, UC_X86_REG_FPTAG, tags);
 }
 
+#define INITIAL_FCW 0x37f /* SDM vol. 1, 8.1.5 */
+#define XSTATE_BV 512    /* in the XSAVE area */
+#define X87 1u
+#define SSE 2u
+#define MXCSR_OFFSET offsetof(struct fxsave, mxcsr)
+#define ST_OFFSET offsetof(struct fxsave, st)
+#define XMM_OFFSET offsetof(struct fxsave, xmm)
+#define FPU_END offsetof(struct fxsave, rest)
+
+void kvmaio_soft_set_xsave(kvmaio_soft *public, const uint8_t *area)
+{
+	struct fxsave image = { .fcw = INITIAL_FCW };
+	const uint8_t present = area[XSTATE_BV];
+	if (present & X87) {
+		memcpy(&image, area, MXCSR_OFFSET);
+		memcpy(image.st, area + ST_OFFSET, sizeof image.st);
+	}
+	if (present & SSE)
+		memcpy(image.xmm, area + XMM_OFFSET, sizeof image.xmm);
+	memcpy(&image.mxcsr, area + MXCSR_OFFSET, sizeof image.mxcsr); /* is there in any case */
+	kvmaio_soft_set_fpu(public, (const uint8_t *)&image);
+}
+
+void kvmaio_soft_borrow(kvmaio_soft *public, const struct kvm_regs *regs,
+			const struct kvm_sregs *sregs, const uint8_t *xsave, int all)
+{
+	kvmaio_soft_set(public, regs, sregs);
+	kvmaio_soft_set_xsave(public, xsave);
+	kvmaio_soft_get_fpu(public, ((struct cpu *)public)->borrowed_fpu);
+	kvmaio_soft_forget(public, all);
+}
+
+void kvmaio_soft_give_back(kvmaio_soft *public, struct kvm_regs *regs, struct kvm_sregs *sregs,
+			   uint8_t *xsave)
+{
+	uint8_t fpu[sizeof(struct fxsave)];
+	struct kvm_sregs own;
+	kvmaio_soft_get(public, regs, &own);
+	memcpy(sregs, &own, offsetof(struct kvm_sregs, interrupt_bitmap));
+	kvmaio_soft_get_fpu(public, fpu);
+	if (!memcmp(fpu, ((struct cpu *)public)->borrowed_fpu, sizeof fpu))
+		return;
+	/* The mask behind MXCSR is the host's. */
+	memcpy(xsave, fpu, MXCSR_OFFSET + sizeof(uint32_t));
+	memcpy(xsave + ST_OFFSET, fpu + ST_OFFSET, FPU_END - ST_OFFSET);
+	xsave[XSTATE_BV] |= X87 | SSE;
+}
+
 /* ---- the rest ------------------------------------------------------------------------ */
 
 #define MSR_TSC 0x10

@@ -63,6 +63,7 @@ void kvmaio_soft_get(kvmaio_soft *cpu, struct kvm_regs *regs, struct kvm_sregs *
 void kvmaio_soft_set(kvmaio_soft *cpu, const struct kvm_regs *regs, const struct kvm_sregs *sregs);
 void kvmaio_soft_get_fpu(kvmaio_soft *cpu, uint8_t *area);
 void kvmaio_soft_set_fpu(kvmaio_soft *cpu, const uint8_t *area);
+void kvmaio_soft_set_xsave(kvmaio_soft *cpu, const uint8_t *area);
 int kvmaio_soft_get_msr(kvmaio_soft *cpu, uint32_t index, uint64_t *value);
 int kvmaio_soft_set_msr(kvmaio_soft *cpu, uint32_t index, uint64_t value);
 uint64_t kvmaio_soft_get_xcr0(kvmaio_soft *cpu);
@@ -71,7 +72,10 @@ void kvmaio_soft_get_debug_registers(kvmaio_soft *cpu, uint64_t *values);
 void kvmaio_soft_set_debug_registers(kvmaio_soft *cpu, const uint64_t *values);
 void kvmaio_soft_get_events(kvmaio_soft *cpu, struct kvm_vcpu_events *events);
 void kvmaio_soft_set_events(kvmaio_soft *cpu, const struct kvm_vcpu_events *events);
-void kvmaio_soft_forget(kvmaio_soft *cpu, int all);
+void kvmaio_soft_borrow(kvmaio_soft *cpu, const struct kvm_regs *regs,
+                        const struct kvm_sregs *sregs, const uint8_t *xsave, int all);
+void kvmaio_soft_give_back(kvmaio_soft *cpu, struct kvm_regs *regs, struct kvm_sregs *sregs,
+                           uint8_t *xsave);
 int kvmaio_soft_has_event(kvmaio_soft *cpu);
 void kvmaio_soft_interrupt(kvmaio_soft *cpu, int vector);
 void kvmaio_soft_nmi(kvmaio_soft *cpu);

@@ -50,9 +50,8 @@ _RESULTS = {
 }
 _LATER = lib.KVMAIO_SOFT_LATER
 
-_FXSAVE = 512
 _XSAVE_SIZE = 4096
-_XSTATE_BV = slice(512, 520)
+_XSTATE_BV = 512
 _X87_SSE = 0b11
 
 
@@ -326,7 +325,7 @@ class SoftCpu:
     def _read_xsave(self) -> bytes:
         area = ffi.new("uint8_t[]", _XSAVE_SIZE)
         lib.kvmaio_soft_get_fpu(self.handle, area)
-        area[_XSTATE_BV.start] = _X87_SSE
+        area[_XSTATE_BV] = _X87_SSE
         return bytes(ffi.buffer(area))
 
     def _read_msrs(self) -> dict[int, int]:
@@ -380,14 +379,7 @@ class SoftCpu:
 
     def write_xsave(self, xsave: bytes) -> None:
         """x87 and SSE; a component that is not marked present is in its initial state."""
-        present = int.from_bytes(xsave[_XSTATE_BV], "little")
-        image = bytearray(_INITIAL_FPU)
-        if present & 1:
-            image[:24], image[32:160] = xsave[:24], xsave[32:160]
-        if present & 2:
-            image[160:416] = xsave[160:416]
-        image[24:28] = xsave[24:28]  # MXCSR is there in any case
-        lib.kvmaio_soft_set_fpu(self.handle, bytes(image))
+        lib.kvmaio_soft_set_xsave(self.handle, xsave.ljust(_XSAVE_SIZE, b"\0"))
 
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
         """Say what the guest's CPUID instruction tells."""

@@ -15,10 +15,6 @@ __all__ = ["Loan"]
 
 _TSC, _APIC_BASE = 0x10, 0x1B
 _TAKEN = tuple(index for index in MSRS if index != _APIC_BASE)  # which is in kvm_sregs
-_FXSAVE = 512
-_XSTATE_BV = 512  # offset in the XSAVE area
-_X87_SSE = 0b11
-_SREGS = ffi.offsetof("struct kvm_sregs", "interrupt_bitmap")  # what is behind is not registers
 
 
 class Lender(Protocol):
@@ -40,33 +36,24 @@ class Loan:
 
     def __init__(self, cpu: SoftCpu) -> None:
         self._cpu = cpu
-        self._own_sregs = ffi.new("struct kvm_sregs *")
-        self._fpu = ffi.new("uint8_t[]", _FXSAVE)
+        self._lender: Lender | None = None
 
     def take(self, lender: Lender, *, whole: bool) -> None:
         """Have the CPU go on from there. Memory has been another's: translations are forgotten,
         those at RIP, or all if more than an instruction is to be executed (`whole`).
         """
-        handle = self._cpu.handle
-        self._regs = ffi.cast("struct kvm_regs *", lender.regs)
-        self._sregs = ffi.cast("struct kvm_sregs *", lender.sregs)
-        self._xsave = ffi.cast("uint8_t *", lender.xsave)
-        lib.kvmaio_soft_set(handle, self._regs, self._sregs)
-        self._cpu.write_xsave(bytes(ffi.buffer(self._xsave, _XSTATE_BV + 8)))
-        lib.kvmaio_soft_get_fpu(handle, self._fpu)
-        self._before = bytes(ffi.buffer(self._fpu))
-        lib.kvmaio_soft_forget(handle, whole)
+        if lender is not self._lender:
+            self._lender = lender
+            self._parts = (
+                ffi.cast("struct kvm_regs *", lender.regs),
+                ffi.cast("struct kvm_sregs *", lender.sregs),
+                ffi.cast("uint8_t *", lender.xsave),
+            )
+        lib.kvmaio_soft_borrow(self._cpu.handle, *self._parts, whole)
 
     def give_back(self) -> None:
         """Put the registers where they were taken from; what is not the CPU's stays."""
-        handle = self._cpu.handle
-        lib.kvmaio_soft_get(handle, self._regs, self._own_sregs)
-        ffi.memmove(self._sregs, self._own_sregs, _SREGS)
-        lib.kvmaio_soft_get_fpu(handle, self._fpu)
-        if bytes(ffi.buffer(self._fpu)) != self._before:
-            ffi.memmove(self._xsave, self._fpu, 24 + 4)  # the mask behind MXCSR is the host's
-            ffi.memmove(self._xsave + 32, self._fpu + 32, 416 - 32)
-            self._xsave[_XSTATE_BV] = int(self._xsave[_XSTATE_BV]) | _X87_SSE
+        lib.kvmaio_soft_give_back(self._cpu.handle, *self._parts)
 
     def take_system(self, lender: Lender) -> None:
         """What else an instruction may look at, behind `take()`."""
