@@ -171,6 +171,8 @@ class Assist:
         self._raw.fetch()
         self._at = self._raw.where()
         self._whole = bool(self.instructions > 1 or not self._code or _looks_at_system(self._code))
+        # Others could change code, and back, while it is being translated.
+        self._cpu.handle.keeps_code = self.may_stay and self.instructions == 1
         self._loan.take(self._raw, whole=self.instructions > 1)
         if self._whole:
             if (cpuid := self._raw.cpu.cpuid) is not self._cpu.cpuid:

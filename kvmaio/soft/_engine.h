@@ -164,6 +164,14 @@ struct access {
 	uint64_t address, data;
 };
 
+#define CODE_KNOWN 16 /* one byte more than the longest instruction */
+#define MOST_KNOWN 64
+
+struct known {
+	uint64_t physical; /* or NOWHERE */
+	uint8_t code[CODE_KNOWN];
+};
+
 struct watchpoint {
 	uint64_t address, size; /* linear */
 	int kinds;              /* KVMAIO_SOFT_READ and _WRITE */
@@ -257,6 +265,7 @@ struct cpu {
 	uc_hook read_hook, write_hook;
 
 	uint8_t borrowed_fpu[512]; /* as it was taken over */
+	struct known known[MOST_KNOWN]; /* code whose translations are kept; see _memory.c */
 
 	pthread_t thread;
 	int started;
@@ -313,6 +322,9 @@ void kvmaio_mxcsr_changed(struct cpu *cpu);
 /* _memory.c */
 int kvmaio_linear(struct cpu *cpu, uint64_t linear, void *data, size_t size, int write);
 int kvmaio_map_all(struct cpu *cpu);
+void kvmaio_know_nothing(struct cpu *cpu);
+/* The engine has stopped here: what it may have translated is of the code as it is now. */
+void kvmaio_look_at_code(struct cpu *cpu);
 int kvmaio_map_mmio(struct cpu *cpu, uint64_t address, uint64_t size);
 
 /* _deliver.c: 0, or -1 for a triple fault. */

@@ -282,7 +282,69 @@ uint64_t kvmaio_soft_translate(kvmaio_soft *public, uint64_t linear)
 	return walk((struct cpu *)public, linear, 0, &physical) < 0 ? NOWHERE : physical;
 }
 
-#define LONGEST_INSTRUCTION 15
+/* ---- what another model may have changed -------------------------------------------------
+ *
+ * A translation is as good as the code it was made from. Where this CPU executes one instruction
+ * at a time for another model (`keeps_code`), and nobody else executes meanwhile, each translation
+ * begins where we have looked just before, at RIP or at a handler; so one from code that is as it
+ * was then is kept: making it takes most of an assist's time. The one exception is what the
+ * engine comes to when the instruction is over, and may have translated before it stops there:
+ * see kvmaio_look_at_code(). A stay of many instructions translates anywhere: nothing is kept.
+ */
+
+static struct known *known(struct cpu *cpu, uint64_t physical)
+{
+	return &cpu->known[(physical ^ physical >> 12) % MOST_KNOWN];
+}
+
+void kvmaio_know_nothing(struct cpu *cpu)
+{
+	for (int i = 0; i < MOST_KNOWN; i++)
+		cpu->known[i].physical = NOWHERE;
+}
+
+static uint64_t linear_rip(const struct cpu *cpu)
+{
+	const struct registers *registers = cpu->registers;
+	if (registers->hflags & HFLAG_CS64)
+		return registers->rip;
+	return (uint32_t)(registers->segments[CS].base + registers->rip);
+}
+
+/* The code at RIP, or NULL where there is no memory or another page comes soon. */
+static uint8_t *code_here(struct cpu *cpu, uint64_t *physical)
+{
+	const uint64_t linear = linear_rip(cpu);
+	if (linear % GUEST_PAGE > GUEST_PAGE - CODE_KNOWN || walk(cpu, linear, 0, physical) < 0)
+		return NULL;
+	return kvmaio_host_address(cpu->machine, *physical, CODE_KNOWN, 0);
+}
+
+void kvmaio_look_at_code(struct cpu *cpu)
+{
+	uint64_t physical;
+	const uint8_t *code = code_here(cpu, &physical);
+	if (!code)
+		return;
+	struct known *here = known(cpu, physical);
+	if (here->physical == physical && memcmp(here->code, code, CODE_KNOWN))
+		here->physical = NOWHERE;
+}
+
+/* Is the code at RIP as it was when it was last translated? From now on it is known. */
+static int is_known(struct cpu *cpu)
+{
+	uint64_t physical;
+	const uint8_t *code = code_here(cpu, &physical);
+	if (!code)
+		return 0;
+	struct known *here = known(cpu, physical);
+	if (here->physical == physical && !memcmp(here->code, code, CODE_KNOWN))
+		return 1;
+	here->physical = physical;
+	memcpy(here->code, code, CODE_KNOWN);
+	return 0;
+}
 
 static void forget_at(struct cpu *cpu, uint64_t linear, unsigned size)
 {
@@ -304,14 +366,13 @@ void kvmaio_soft_forget(kvmaio_soft *public, int all)
 		kvmaio_flush_code(cpu);
 		return;
 	}
-	const struct registers *registers = cpu->registers;
-	uint64_t linear = registers->rip;
-	if (!(registers->hflags & HFLAG_CS64))
-		linear = (uint32_t)(registers->segments[CS].base + linear);
-	const unsigned size = LONGEST_INSTRUCTION + 1, rest = GUEST_PAGE - linear % GUEST_PAGE;
-	forget_at(cpu, linear, size < rest ? size : rest);
-	if (rest < size)
-		forget_at(cpu, linear + rest, size - rest);
+	if (!public->keeps_code || !is_known(cpu)) {
+		const uint64_t linear = linear_rip(cpu);
+		const unsigned size = CODE_KNOWN, rest = GUEST_PAGE - linear % GUEST_PAGE;
+		forget_at(cpu, linear, size < rest ? size : rest);
+		if (rest < size)
+			forget_at(cpu, linear + rest, size - rest);
+	}
 	kvmaio_flush_tlb(cpu);
 	cpu->repeat_pc = NOWHERE;
 }

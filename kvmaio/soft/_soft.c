@@ -233,6 +233,7 @@ static void watch_for_events(struct cpu *cpu)
 static int between(struct cpu *cpu)
 {
 	struct kvm_run *page = cpu->public.page;
+	const uint64_t deliveries = cpu->public.deliveries;
 	int error = 0;
 	if (cpu->restarting) { /* not between: within one */
 		watch_for_events(cpu);
@@ -265,6 +266,8 @@ static int between(struct cpu *cpu)
 	}
 	if (error < 0)
 		return exits(cpu, KVM_EXIT_SHUTDOWN);
+	if (cpu->public.deliveries != deliveries && cpu->public.forgets_handlers)
+		kvmaio_soft_forget(&cpu->public, 0);
 	watch_for_events(cpu);
 	return GO_ON;
 }
@@ -348,6 +351,8 @@ static int execute(struct cpu *cpu, int64_t until_ns)
 			return KVMAIO_SOFT_LATER;
 	}
 	tell_page(cpu);
+	if (cpu->public.keeps_code)
+		kvmaio_look_at_code(cpu);
 	cpu->public.outcome = outcome;
 	return outcome;
 }
@@ -550,6 +555,7 @@ int kvmaio_soft_create(kvmaio_soft_machine *machine, kvmaio_soft **out)
 	cpu->public.counting = 1;
 	cpu->public.arrived_fd = -1;
 	cpu->public.access = -1;
+	kvmaio_know_nothing(cpu);
 	cpu->pc = cpu->repeat_pc = cpu->skip_breakpoint = NOWHERE;
 	cpu->interrupt = cpu->exception.vector = -1;
 	int error = open_engine(cpu);

@@ -77,6 +77,7 @@ typedef struct kvmaio_soft {
 	int yielded;          /* LATER, and not even begun: others on the loop have a turn */
 	int keeps_undefined;  /* #UD is not delivered, but ends the run as an emulation failure */
 	int forgets_handlers; /* another model may have written the code that an exception leads to */
+	int keeps_code;       /* translations of code that is as it was are kept: see _memory.c */
 	int undefined;        /* the last such failure was a #UD */
 	uint64_t run_id;
 	int64_t access;       /* that the page holds: address << 6 | size << 2 | is_write << 1 | is_pio;

@@ -31,6 +31,7 @@ void kvmaio_flush_code(struct cpu *cpu)
 {
 	uc(uc_ctl, cpu->engine, UC_CTL_WRITE(UC_CTL_TB_FLUSH, 0));
 	kvmaio_flush_tlb(cpu);
+	kvmaio_know_nothing(cpu);
 	cpu->repeat_pc = NOWHERE;
 }
 

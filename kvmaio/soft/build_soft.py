@@ -34,7 +34,7 @@ struct kvmaio_soft_watchpoint { uint64_t address, size; int kinds; };
 struct kvmaio_soft_hit { uint64_t address; int kinds; };
 typedef struct kvmaio_soft {
     struct kvm_run *page; int arrived_fd; int64_t inline_ns, turn_ns;
-    int counting, outcome, yielded, keeps_undefined, forgets_handlers, undefined;
+    int counting, outcome, yielded, keeps_undefined, forgets_handlers, keeps_code, undefined;
     uint64_t run_id;
     int64_t access;
     int burst_end;

@@ -6,6 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kvmaio
 from kvmaio import Exited, Halted, Machine
@@ -391,3 +393,50 @@ async def test_a_handler_that_kvm_has_rewritten_is_executed_as_it_is_now():
         assert isinstance(await machine.run(), Exited)
         context = machine.vcpus[0].context
         assert (context.rsi, context.rbx & 0xFF) == (1, 2)
+
+
+# ---- code that changes between assists -----------------------------------------------------------
+
+UNITS = tuple(
+    bytes.fromhex(code)
+    for code in (
+        *("0f58c190", "0f5cc190", "0f59c190", "0f58ca90"),  # addps, subps, mulps and addps xmm1
+        *("90909090", "d9ea9090", "ddd89090"),  # nops; fldl2e; fstp st(0)
+    )
+)
+
+# Each turn copies the next four units, which lie at 0x9000, to where they are executed.
+REWRITING = (
+    *("mov rax, cr4", "or eax, 0x40600", "mov cr4, rax", "fninit"),
+    *("mov eax, 0x3f800001", "movd xmm0, eax", "mov eax, 0x3f7ffff0", "movd xmm1, eax"),
+    *("mov rsi, 0x9000", "mov rcx, [0x8ff8]"),
+    *("again: mov rax, [rsi]", "mov rdx, [rsi + 8]"),
+    *("mov [rip + spot], rax", "mov [rip + spot + 8], rdx"),
+    *("spot: nop", *["nop"] * 15, "add rsi, 16", "dec rcx", "jnz again"),
+    *("movups [0x8000], xmm0", "movups [0x8010], xmm1", "fnstsw [0x8020]", "hlt"),
+)
+
+
+async def rewritten(cpu: str, turns: list[list[bytes]]) -> bytes:
+    async with Machine(cpu=cpu, memory="2M") as machine:
+        machine.load(Flat(assemble(REWRITING, "long64", 0x1000), 0x1000, "long64"))
+        machine.memory.write(0x8FF8, len(turns).to_bytes(8, "little"))
+        machine.memory.write(0x9000, b"".join(b"".join(units) for units in turns))
+        async with deadline(30):
+            assert await machine.run() == Halted()
+        assert cpu == "soft" or machine.vcpus[0].stats.numAssists > len(turns) // 8
+        return machine.memory.read(0x8000, 0x22)
+
+
+FEW_UNITS = st.lists(st.sampled_from(UNITS), min_size=4, max_size=4)
+
+
+@given(st.lists(FEW_UNITS, min_size=1, max_size=3), st.randoms(use_true_random=False))
+@settings(max_examples=40)
+def test_code_that_changes_and_changes_back_is_executed_as_it_is(kinds, random):
+    turns = [random.choice(kinds) for _ in range(40)]
+    expected = asyncio.run(rewritten("soft", turns))
+    for soon_ns in (0, 300_000):  # one at a time; and stays
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("kvmaio.assist.SOON_NS", soon_ns)
+            assert asyncio.run(rewritten("auto", turns)) == expected
