@@ -6,6 +6,9 @@ One frozen class per reason. The names and fields are those of the kernel's
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
+
 import attrs
 
 from .watchpoints import WatchHit
@@ -34,6 +37,7 @@ __all__ = [
     "SystemEventExit",
     "UnknownExit",
     "VmExit",
+    "reported_code",
 ]
 
 
@@ -131,6 +135,16 @@ class FailEntryExit(VmExit):
     cpu: int
 
 
+def reported_code(data: Sequence[int]) -> bytes:
+    """An instruction that KVM cannot emulate, from the data it reports with suberror 1."""
+    # data[0] flags, bit 0: data[1] byte 0 is a length, 15 bytes of code follow.
+    if len(data) < 3 or not data[0] & 1:
+        return b""
+    words = data[1:4]
+    raw = struct.pack(f"<{len(words)}Q", *words)
+    return raw[1 : 1 + min(raw[0], 15)]
+
+
 @attrs.frozen
 class InternalErrorExit(VmExit):
     """KVM_EXIT_INTERNAL_ERROR; suberror 1 is an instruction that KVM cannot emulate."""
@@ -141,11 +155,7 @@ class InternalErrorExit(VmExit):
     @property
     def instruction(self) -> bytes:
         """The instruction's bytes, where KVM reports them; else empty."""
-        # data[0] flags, bit 0: data[1] byte 0 is a length, 15 bytes of code follow.
-        if self.suberror != 1 or len(self.data) < 3 or not self.data[0] & 1:
-            return b""
-        raw = b"".join(word.to_bytes(8, "little") for word in self.data[1:4])
-        return raw[1 : 1 + min(raw[0], 15)]
+        return reported_code(self.data) if self.suberror == 1 else b""
 
 
 @attrs.frozen

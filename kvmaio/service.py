@@ -20,6 +20,7 @@ from .exits import (
     Shutdown,
     Stopped,
     SystemEventExit,
+    reported_code,
 )
 from .linear import code_bits
 from .suspension import Suspended, a_number, drive
@@ -238,16 +239,17 @@ class Service:
         raise GuestError(f"the guest reported a system event of type {exit_.type} (3 is a crash)")
 
     def _internal_error(self) -> Awaitable[None] | None:
-        exit_ = self._vcpu.last_exit()
-        assert isinstance(exit_, InternalErrorExit)
-        is_kvm = self._vcpu.model.kind == "kvm"
-        advice = _NO_ASSIST if is_kvm and exit_.suberror == _EMULATION else ""
-        if exit_.suberror == _EMULATION and is_kvm and self.assist is not None:
+        internal, is_kvm = self._page.internal, self._vcpu.model.kind == "kvm"
+        advice = _NO_ASSIST if is_kvm and internal.suberror == _EMULATION else ""
+        if internal.suberror == _EMULATION and is_kvm and self.assist is not None:
+            code = reported_code(tuple(internal.data[0 : min(internal.ndata, 4)]))
             self._vcpu.assist_begins()
             try:
-                return self.assist(exit_.instruction)
+                return self.assist(code)
             except NotAssisted as refused:
                 advice = f"; {refused}"
+        exit_ = self._vcpu.last_exit()
+        assert isinstance(exit_, InternalErrorExit)
         who = "KVM" if is_kvm else "the software CPU"
         what = f"{who} cannot emulate an instruction"
         if exit_.suberror != _EMULATION:
