@@ -93,7 +93,11 @@ class Entry:
     @property
     def ticks(self) -> int:
         """Guest nanoseconds executed by the last entry; a half entry takes one clock period."""
-        return self._period_ns if self._was_half else int(self._executed_ns * self._host_factor)
+        return self._period_ns if self._was_half else self.ticks_of(self._executed_ns)
+
+    def ticks_of(self, executed_ns: int) -> int:
+        """Guest nanoseconds of so many executed host nanoseconds."""
+        return int(executed_ns * self._host_factor)
 
     def limit_ns(self, ticks: int | None) -> int | None:
         """The host time for a run of `ticks` guest nanoseconds: what the run timer can keep."""

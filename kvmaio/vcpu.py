@@ -502,6 +502,10 @@ class VCpu(BurstingVCpu):
         """The general and special registers as text; the guest must not be running."""
         return self._service.describe_registers()
 
+    def ticks_of(self, executed_ns: int) -> int:
+        """Guest nanoseconds of so many executed host nanoseconds."""
+        return self._entry.ticks_of(executed_ns)
+
     async def flush_posted(self) -> bool:
         """Serve batched writes and doorbells while no exit comes; were there any?"""
         return self.model.has_posted() and await self._service.flush(self._owner.posted_lock)
@@ -511,7 +515,8 @@ class VCpu(BurstingVCpu):
 
         Without them next to nothing asks for one.
         """
-        self._left = hooks.left
+        self._left, self._watch = hooks.left, hooks.bursts
+        self._known.clear()
         self.disturbed = True
         self._entry.on_injection = hooks.injected
         self._service.on_assist = hooks.assisted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
@@ -14,6 +14,8 @@ from .exits import Outcome
 
 if TYPE_CHECKING:
     from .assist import Assisted
+    from .bus import Target
+    from .suspension import Suspended
     from .vcpu import VCpu
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "PENDING",
     "RUNNING",
     "SERVICE",
+    "BurstWatch",
     "VCpuHooks",
     "VCpuOwner",
     "VCpuState",
+    "WatchedAccess",
 ]
 
 
@@ -45,6 +49,40 @@ COMPLETION = VCpuState.RUNNING_SERVICE_COMPLETION
 PENDING = VCpuState.RUNNING_MMIO_PENDING
 
 
+class WatchedAccess(Protocol):
+    """Is told of a burst's accesses of one kind, and of the exits with which they come.
+
+    `left_ns` is when the guest was left; `executed_ns` the host time that it was executed before
+    that, -1 where the exit has been told already.
+    """
+
+    @property
+    def target(self) -> Target:
+        """Who answers them."""
+
+    @property
+    def now(self) -> Callable[[], int]:
+        """Guest time."""
+
+    @property
+    def told(self) -> Callable[[int, int, int], None]:
+        """An access is over: the value, `left_ns`, `executed_ns`."""
+
+    def failed(self, value: int | None, left_ns: int, executed_ns: int) -> None:
+        """The handler has raised; None is a read."""
+
+    def read_goes_on(self, rest: Any, left_ns: int, executed_ns: int) -> Any:
+        """The handler has suspended; gives what to wait for instead of `rest`."""
+
+    def write_goes_on(
+        self, rest: Suspended[None], value: int, left_ns: int, executed_ns: int
+    ) -> Any:
+        """The handler has suspended; gives what to wait for instead of `rest`."""
+
+
+BurstWatch = Callable[["Target", int, bool], WatchedAccess | None]
+
+
 @attrs.frozen
 class VCpuHooks:
     """What to call when something happens to a vCPU; None: nothing.
@@ -55,12 +93,15 @@ class VCpuHooks:
             vCPU goes on.
         injected: an interrupt is injected; None is an NMI.
         assisted: the software CPU has executed what KVM could not.
+        bursts: asked once for each access that a burst may have (its target, size, is it a
+            write), who is told of these in place of `left`; None: nobody is.
     """
 
     left: Callable[[EntryResult, int, int], None] | None = None
     stalls: Callable[[str], Callable[[], None]] | None = None
     injected: Callable[[int | None], None] | None = None
     assisted: Callable[[Assisted], None] | None = None
+    bursts: BurstWatch | None = None
 
 
 class VCpuOwner(Protocol):

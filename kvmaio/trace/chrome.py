@@ -10,8 +10,9 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .bursts import BurstAccess
 from .records import (
     AccessRecord,
     AlarmRecord,
@@ -59,7 +60,9 @@ class ChromeTrace:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until close)
         self._seekable = self._file.seekable()
         self._end = 0  # where the closing bracket goes
-        self._records: list[Record] = []
+        # Or what a burst tells: how to write it, value, when the guest was left, for how long it
+        # had been executed, when the device had answered.
+        self._records: list[Record | tuple[_BurstFormat, int, int, int, int]] = []
         self._events: list[str] = []  # tracks that the next event needs
         self._written_at = _monotonic()
         self._began_ns = 0
@@ -91,6 +94,31 @@ class ChromeTrace:
         if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
             self._write()
 
+    def taker(self, access: BurstAccess) -> Callable[[int, int, int, int], None]:
+        """See `kvmaio.trace.bursts.Burstable`."""
+        records, written = self._records, self._write
+        how = _BurstFormat(
+            access.vcpu,
+            self._exit_prefix(access.vcpu, access.reason),
+            self._access_prefix(
+                access.source,
+                access.vcpu,
+                access.register,
+                access.bus,
+                access.address,
+                access.size,
+                access.is_write,
+            ),
+            access.ticks_of,
+        )
+
+        def take(value: int, left_ns: int, executed_ns: int, done_ns: int) -> None:
+            records.append((how, value, left_ns, executed_ns, done_ns))
+            if len(records) >= MOST_UNWRITTEN:
+                written()
+
+        return take
+
     def close(self) -> None:
         if not self._file.closed:
             self._write(last=True)
@@ -103,31 +131,60 @@ class ChromeTrace:
 
     def _exit(self, record: ExitRecord) -> str:
         time_ns, source, reason, ticks, exit_ = record
-        # Executed time is measured by another clock than time: events must not overlap.
-        begun_ns, left_ns = time_ns - ticks, self._left_ns.get(source, self._began_ns)
-        if begun_ns < left_ns:
-            begun_ns = min(left_ns, time_ns)
-        self._left_ns[source] = time_ns
         prefix = self._prefixes.get((source, reason)) if exit_ is None else None
         if prefix is None:
-            arguments = {"exit": reason} if exit_ is None else {"exit": reason, "is": str(exit_)}
-            prefix = self._prefix("guest", "exit", source, arguments) + "},"
             if exit_ is None:
+                prefix = self._exit_prefix(source, reason)
                 self._keep((source, reason), prefix)
+            else:
+                arguments = {"exit": reason, "is": str(exit_)}
+                prefix = self._prefix("guest", "exit", source, arguments) + "},"
+        begun_ns = self._begun_ns(source, time_ns, ticks)
         return f'{prefix}"ts":{begun_ns - self._began_ns}e-3,"dur":{time_ns - begun_ns}e-3}}'
+
+    def _begun_ns(self, vcpu: str, left_ns: int, ticks: int) -> int:
+        # Executed time is measured by another clock than time: events must not overlap.
+        begun_ns, before_ns = left_ns - ticks, self._left_ns.get(vcpu, self._began_ns)
+        self._left_ns[vcpu] = left_ns
+        return begun_ns if begun_ns >= before_ns else min(before_ns, left_ns)
+
+    def _exit_prefix(self, vcpu: str, reason: str) -> str:
+        return self._prefix("guest", "exit", vcpu, {"exit": reason}) + "},"
 
     def _access(self, record: AccessRecord) -> str:
         what = record[1:8]  # all but times and value
         prefix = self._prefixes.get(what)
         if prefix is None:
-            source, vcpu, register, bus, address, size, is_write = what
-            name = f"{'write' if is_write else 'read'} {register or hex(address)}"
-            arguments = {"by": vcpu, bus: hex(address), "size": size}
-            prefix = self._prefix(name, "access", source, arguments) + ',"value":'
+            prefix = self._access_prefix(*what)
             self._keep(what, prefix)
         value = record[8]  # by number: by name takes a call
         shown = "null" if value is None else f'"{value:#x}"'
         return f'{prefix}{shown}}},"ts":{record[0] - self._began_ns}e-3,"dur":{record[9]}e-3}}'
+
+    def _access_prefix(
+        self,
+        source: str,
+        vcpu: str | None,
+        register: str | None,
+        bus: str,
+        address: int,
+        size: int,
+        is_write: bool,
+    ) -> str:
+        name = f"{'write' if is_write else 'read'} {register or hex(address)}"
+        arguments = {"by": vcpu, bus: hex(address), "size": size}
+        return self._prefix(name, "access", source, arguments) + ',"value":'
+
+    def _burst_access(
+        self, how: _BurstFormat, value: int, left_ns: int, executed_ns: int, done_ns: int
+    ) -> str:
+        began_ns = self._began_ns
+        at_ns = left_ns - began_ns
+        access = f'{how.access}"{value:#x}"}},"ts":{at_ns}e-3,"dur":{done_ns - left_ns}e-3}}'
+        if executed_ns < 0:
+            return access
+        begun_ns = self._begun_ns(how.vcpu, left_ns, how.ticks_of(executed_ns)) - began_ns
+        return f'{how.exit}"ts":{begun_ns}e-3,"dur":{at_ns - begun_ns}e-3}},\n{access}'
 
     def _stall(self, record: StallRecord) -> str:
         prefix = self._prefix("stall", "stall", record.source, {"for": record.access})
@@ -193,7 +250,10 @@ class ChromeTrace:
     def _write(self, *, last: bool = False) -> None:
         events, formats = self._events, self._formats
         for record in self._records:
-            event = formats[type(record)](record)
+            if record.__class__ is tuple:
+                event = self._burst_access(*record)
+            else:
+                event = formats[type(record)](record)
             events.append(event)
         text = ",\n".join(events)
         events.clear()
@@ -208,6 +268,15 @@ class ChromeTrace:
             self._file.seek(self._end)
         _write_all(self._file, data + b"\n]\n" if self._seekable or last else data)
         self._end += len(data)
+
+
+class _BurstFormat(NamedTuple):
+    """What is the same in all accesses of a kind."""
+
+    vcpu: str
+    exit: str
+    access: str
+    ticks_of: Callable[[int], int]
 
 
 def _write_all(file: Any, data: bytes) -> None:

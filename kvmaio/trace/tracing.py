@@ -22,7 +22,8 @@ from ..disassembly import instruction_name
 from ..errors import ConfigurationError
 from ..irq import IrqLine
 from ..vcpu import VCpu, VCpuHooks
-from .accesses import traced_target
+from .accesses import TracedTarget, traced_target
+from .bursts import Burstable, BurstAccess, WatchedTarget
 from .records import (
     KINDS,
     AccessRecord,
@@ -186,6 +187,13 @@ class Tracing:
 
         return emit
 
+    def _file(self) -> Burstable | None:
+        """The trace file that is the only sink, and so may have its records together."""
+        if len(self._traces) == 1 and isinstance(self._traces[0].sink, TraceFile):
+            sink = self._traces[0].sink
+            return sink if isinstance(sink, Burstable) else None
+        return None
+
     def _sources(self) -> list[str]:
         machine = self._machine
         lines = (line.name for line in self._lines())
@@ -201,7 +209,7 @@ class Tracing:
         for bus in (machine.pio, machine.mmio):
             bus.observe(self._layer(bus))
         for vcpu in machine.vcpus:
-            vcpu.hook(_vcpu_hooks(vcpu, machine.clock.read_ns, self._emitter))
+            vcpu.hook(_vcpu_hooks(vcpu, machine.clock.read_ns, self._emitter, self._file()))
         for device in machine.devices.values():
             self._hook_alarm(device)
         for line in self._lines():
@@ -255,7 +263,10 @@ class Tracing:
 
 
 def _vcpu_hooks(
-    vcpu: VCpu, now: Callable[[], int], emitter: Callable[[type[Record], str], Sink | None]
+    vcpu: VCpu,
+    now: Callable[[], int],
+    emitter: Callable[[type[Record], str], Sink | None],
+    file: Burstable | None,
 ) -> VCpuHooks:
     """What tells of one vCPU, as far as somebody wants to know."""
     name = vcpu.name
@@ -295,11 +306,28 @@ def _vcpu_hooks(
         text = instruction_name(code, bits)
         emit_assist(AssistRecord(now(), name, address, code, text, instructions))
 
+    def bursts(target: Target, size: int, is_write: bool) -> WatchedTarget | None:
+        assert file is not None
+        if not isinstance(target, TracedTarget) or target.what is None:
+            return None
+        source, register, bus, address = target.what(is_write)
+        reason = "IO" if bus == "pio" else "MMIO"
+
+        def left(left_ns: int, executed_ns: int) -> None:
+            assert emit_exit is not None
+            emit_exit(ExitRecord(left_ns, name, reason, vcpu.ticks_of(executed_ns), None))
+
+        access = BurstAccess(
+            name, reason, source, register, bus, address, size, is_write, vcpu.ticks_of
+        )
+        return WatchedTarget(target, now, file.taker(access), left, is_write)
+
     return VCpuHooks(
         left if emit_exit is not None else None,
         stalls if emit_stall is not None else None,
         injected if emit_interrupt is not None else None,
         assisted if emit_assist is not None else None,
+        bursts if emit_exit is not None and file is not None else None,
     )
 
 
