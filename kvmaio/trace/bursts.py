@@ -1,0 +1,100 @@
+"""What a trace to a file makes of accesses that come back to back: one note for exit and access.
+
+The usual way there is a record for each, with a call of its own. Between exits that follow one
+another within microseconds that would take half of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+
+from ..bus import Target
+from ..suspension import Suspended, drive
+from .accesses import TracedTarget
+
+__all__ = ["BurstAccess", "Burstable", "WatchedTarget"]
+
+
+@attrs.frozen
+class BurstAccess:
+    """A kind of access that a burst has.
+
+    Attributes:
+        vcpu: who makes it.
+        reason: of its exits: ``IO`` or ``MMIO``.
+        ticks_of: guest nanoseconds of executed host nanoseconds.
+    """
+
+    vcpu: str
+    reason: str
+    source: str
+    register: str | None
+    bus: str
+    address: int
+    size: int
+    is_write: bool
+    ticks_of: Callable[[int], int]
+
+
+@runtime_checkable
+class Burstable(Protocol):
+    """A trace file that takes such notes."""
+
+    def taker(self, access: BurstAccess) -> Callable[[int, int, int, int], None]:
+        """What takes them for accesses of one kind: the value, when the guest was left, the host
+        time executed before that (-1: the exit is in the trace already), when the device had
+        answered."""
+
+
+class WatchedTarget:
+    """See `kvmaio.vcpu_states.WatchedAccess`."""
+
+    __slots__ = ("_is_write", "_left", "_take", "_target", "now", "target", "told")
+
+    def __init__(
+        self,
+        target: TracedTarget,
+        now: Callable[[], int],
+        take: Callable[[int, int, int, int], None],
+        left: Callable[[int, int], None],
+        is_write: bool,
+    ) -> None:
+        self._target = target
+        self._left = left
+        self._is_write = is_write
+        self.target: Target = target.inner
+        self.now = now
+
+        def told(value: int, left_ns: int, executed_ns: int) -> None:
+            take(value, left_ns, executed_ns, now())
+
+        self.told = told
+
+    def failed(self, value: int | None, left_ns: int, executed_ns: int) -> None:
+        self._exit(left_ns, executed_ns)
+        self._target.tell(left_ns, self._register, self._is_write, value)
+
+    def read_goes_on(self, rest: Any, left_ns: int, executed_ns: int) -> Any:
+        if not isinstance(rest, Suspended):  # no number, either: who takes it will say so
+            self.failed(None, left_ns, executed_ns)
+            return rest
+        self._exit(left_ns, executed_ns)
+        return drive(self._target.rest_of_read(rest, left_ns, self._register))
+
+    def write_goes_on(
+        self, rest: Suspended[None], value: int, left_ns: int, executed_ns: int
+    ) -> Any:
+        self._exit(left_ns, executed_ns)
+        return drive(self._target.rest_of_write(rest, left_ns, self._register, value))
+
+    def _exit(self, left_ns: int, executed_ns: int) -> None:
+        if executed_ns >= 0:
+            self._left(left_ns, executed_ns)
+
+    @property
+    def _register(self) -> str | None:
+        assert self._target.what is not None
+        return self._target.what(self._is_write)[1]
