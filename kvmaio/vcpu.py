@@ -502,9 +502,10 @@ class VCpu(BurstingVCpu):
         """The general and special registers as text; the guest must not be running."""
         return self._service.describe_registers()
 
-    def ticks_of(self, executed_ns: int) -> int:
+    @property
+    def ticks_of(self) -> Callable[[int], int]:
         """Guest nanoseconds of so many executed host nanoseconds."""
-        return self._entry.ticks_of(executed_ns)
+        return self._entry.ticks_of
 
     async def flush_posted(self) -> bool:
         """Serve batched writes and doorbells while no exit comes; were there any?"""

@@ -72,3 +72,8 @@ class ResidentBurst(NativeBurst):
         taken_ns: int = self._handle.burst_ns
         self._handle.burst_ns = 0
         return taken_ns
+
+    @property
+    def executed_ns(self) -> int:
+        executed_ns: int = self._handle.executed_ns  # nobody counts its cycles there
+        return executed_ns
