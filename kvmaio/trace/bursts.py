@@ -25,6 +25,7 @@ class BurstAccess:
     Attributes:
         vcpu: who makes it.
         reason: of its exits: ``IO`` or ``MMIO``.
+        now: guest time.
         ticks_of: guest nanoseconds of executed host nanoseconds.
     """
 
@@ -36,6 +37,7 @@ class BurstAccess:
     address: int
     size: int
     is_write: bool
+    now: Callable[[], int]
     ticks_of: Callable[[int], int]
 
 
@@ -43,34 +45,29 @@ class BurstAccess:
 class Burstable(Protocol):
     """A trace file that takes such notes."""
 
-    def taker(self, access: BurstAccess) -> Callable[[int, int, int, int], None]:
-        """What takes them for accesses of one kind: the value, when the guest was left, the host
-        time executed before that (-1: the exit is in the trace already), when the device had
-        answered."""
+    def taker(self, access: BurstAccess) -> Callable[[int, int, int], None]:
+        """What is told when an access of this kind is over: the value, when the guest was left,
+        the host time executed before that (-1: the exit is in the trace already)."""
 
 
 class WatchedTarget:
     """See `kvmaio.vcpu_states.WatchedAccess`."""
 
-    __slots__ = ("_is_write", "_left", "_take", "_target", "now", "target", "told")
+    __slots__ = ("_is_write", "_left", "_register", "_target", "now", "target", "told")
 
     def __init__(
         self,
         target: TracedTarget,
-        now: Callable[[], int],
-        take: Callable[[int, int, int, int], None],
+        access: BurstAccess,
+        told: Callable[[int, int, int], None],
         left: Callable[[int, int], None],
-        is_write: bool,
     ) -> None:
         self._target = target
         self._left = left
-        self._is_write = is_write
+        self._register = access.register
+        self._is_write = access.is_write
         self.target: Target = target.inner
-        self.now = now
-
-        def told(value: int, left_ns: int, executed_ns: int) -> None:
-            take(value, left_ns, executed_ns, now())
-
+        self.now = access.now
         self.told = told
 
     def failed(self, value: int | None, left_ns: int, executed_ns: int) -> None:
@@ -93,8 +90,3 @@ class WatchedTarget:
     def _exit(self, left_ns: int, executed_ns: int) -> None:
         if executed_ns >= 0:
             self._left(left_ns, executed_ns)
-
-    @property
-    def _register(self) -> str | None:
-        assert self._target.what is not None
-        return self._target.what(self._is_write)[1]

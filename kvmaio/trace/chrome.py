@@ -94,9 +94,9 @@ class ChromeTrace:
         if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
             self._write()
 
-    def taker(self, access: BurstAccess) -> Callable[[int, int, int, int], None]:
+    def taker(self, access: BurstAccess) -> Callable[[int, int, int], None]:
         """See `kvmaio.trace.bursts.Burstable`."""
-        records, written = self._records, self._write
+        records, write, now = self._records, self._write, access.now
         exit_prefix = self._exit_prefix(access.vcpu, access.reason)
         access_prefix = self._access_prefix(
             access.source,
@@ -115,12 +115,12 @@ class ChromeTrace:
             access.ticks_of,
         )
 
-        def take(value: int, left_ns: int, executed_ns: int, done_ns: int) -> None:
-            records.append((how, value, left_ns, executed_ns, done_ns))
+        def told(value: int, left_ns: int, executed_ns: int) -> None:
+            records.append((how, value, left_ns, executed_ns, now()))
             if len(records) >= MOST_UNWRITTEN:
-                written()
+                write()
 
-        return take
+        return told
 
     def close(self) -> None:
         if not self._file.closed:

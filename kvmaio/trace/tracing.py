@@ -318,9 +318,10 @@ def _vcpu_hooks(
             emit_exit(ExitRecord(left_ns, name, reason, vcpu.ticks_of(executed_ns), None))
 
         access = BurstAccess(
-            name, reason, source, register, bus, address, size, is_write, vcpu.ticks_of
+            *(name, reason, source, register, bus, address, size, is_write, now),
+            vcpu.ticks_of,
         )
-        return WatchedTarget(target, now, file.taker(access), left, is_write)
+        return WatchedTarget(target, access, file.taker(access), left)
 
     return VCpuHooks(
         left if emit_exit is not None else None,

@@ -93,18 +93,19 @@ class VcdTrace:
             case _:
                 pass
 
-    def taker(self, access: BurstAccess) -> Callable[[int, int, int, int], None]:
+    def taker(self, access: BurstAccess) -> Callable[[int, int, int], None]:
         """See `kvmaio.trace.bursts.Burstable`."""
         vcpu, source, number = access.vcpu, access.source, int(Reason[access.reason])
         last_exits, has_registers = self._last_exits, bool(self._registers.get(source))
+        now = access.now
 
-        def take(value: int, left_ns: int, executed_ns: int, done_ns: int) -> None:
+        def told(value: int, left_ns: int, executed_ns: int) -> None:
             if executed_ns >= 0 and last_exits.get(vcpu) != number:
-                self._exit(vcpu, self._at(done_ns), number)
+                self._exit(vcpu, self._at(now()), number)
             if has_registers:
-                self._sample(source, self._at(done_ns))
+                self._sample(source, self._at(now()))
 
-        return take
+        return told
 
     def close(self) -> None:
         if not self._file.closed:
