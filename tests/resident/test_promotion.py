@@ -19,6 +19,7 @@ from kvmaio.kvm.promotion import Costs, Promotion
 from tests.resident.guests import (
     COMPUTING,
     PATIENCE,
+    SPINNING,
     STORMING,
     SVMLAB,
     cpu_of,
@@ -304,3 +305,53 @@ def test_all_that_storm_share_the_loops_thread_where_moves_are_cheap():
             await asyncio.wait(runs)
 
     run_on("asyncio", main())
+
+
+# ---- steps ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("costs", "limit_ns", "timed_out", "steps"),
+    [
+        (CHEAP, 1 * MS, True, True),
+        (DEAR, 1 * MS, True, False),
+        (CHEAP, 6 * MS, True, False),
+        (CHEAP, 1 * MS, False, False),
+    ],
+    ids=["short", "moves are dear", "long", "ended by exits"],
+)
+def test_short_runs_one_after_the_other_are_steps(costs, limit_ns, timed_out, steps):
+    policy = Promotion(costs)
+    told = [policy.steps(limit_ns, timed_out) for _ in range(promotion.OFTEN_STEPS)]
+    assert told == [False] * (promotion.OFTEN_STEPS - 1) + [steps]
+    policy.moved()
+    assert policy.in_company() is steps
+
+
+@pytest.mark.kvm
+@pytest.mark.timeout(60 * PATIENCE)
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_who_runs_in_steps_moves_in_and_out_again_in_company(kind):
+    async def steps(vcpu, count):
+        for _ in range(count):
+            begun_ns = time.monotonic_ns()
+            exit_ = await vcpu.run(ticks=1 * MS)
+            assert exit_.timer_expired and time.monotonic_ns() - begun_ns >= 1 * MS
+
+    async def main():
+        async with asyncio.timeout(20 * PATIENCE), machine_with(SPINNING) as machine:
+            cpu, vcpu = cpu_of(machine), machine.vcpus[0]
+            hub = Hub.acquire()
+            try:
+                cheap = hub.costs.moves_are_cheap
+            finally:
+                hub.release()
+            await steps(vcpu, 2 * promotion.OFTEN_STEPS)
+            assert (cpu.is_resident, cpu.moves) == (cheap, int(cheap))
+            async with machine_with(SPINNING) as other:
+                await steps(vcpu, 2)
+                await steps(other.vcpus[0], 2 * promotion.OFTEN_STEPS)
+                assert not cpu.is_resident and not cpu_of(other).is_resident
+                assert cpu.moves == 2 * cheap
+
+    run_on(kind, main())
