@@ -503,9 +503,9 @@ class VCpu(BurstingVCpu):
         return self._service.describe_registers()
 
     @property
-    def ticks_of(self) -> Callable[[int], int]:
-        """Guest nanoseconds of so many executed host nanoseconds."""
-        return self._entry.ticks_of
+    def host_factor(self) -> float:
+        """Guest time for executed host time."""
+        return self._entry.host_factor
 
     async def flush_posted(self) -> bool:
         """Serve batched writes and doorbells while no exit comes; were there any?"""

@@ -80,8 +80,9 @@ class BurstingVCpu(RestingVCpu):
         registers, stats, known = self._registers, self._stats, self._known
         following, left = burst.next, self._left
         key, entering = burst.due, False
-        # The first one's exit has been told: nothing executed is nothing to tell.
-        watched, left_ns, executed_ns = None, 0, -1
+        watched, entered = None, False
+        if self._watch is not None:
+            burst.begins()
         self.disturbed = False
         # Before the handler runs, which may suspend the vCPU. And not again for each access: while
         # the guest is inside, nobody looks.
@@ -93,12 +94,9 @@ class BurstingVCpu(RestingVCpu):
                 except KeyError:
                     self._learn(burst, key)
                     continue
-                if left is not None:
-                    if watched is not None:
-                        left_ns = watched.now()
-                    elif executed_ns >= 0:
-                        self._entry.executed(executed_ns)
-                        left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
+                if left is not None and watched is None and entered:
+                    self._entry.executed(burst.executed_ns)
+                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
                 if is_write:
                     pending = handler(offset, size, words[0])
                     if pending.__class__ is CoroutineType:  # as `drive()` does, without a call
@@ -110,7 +108,7 @@ class BurstingVCpu(RestingVCpu):
                         pending = drive(pending)
                     if pending.__class__ is Suspended:
                         if watched is not None:
-                            pending = watched.write_goes_on(pending, words[0], left_ns, executed_ns)
+                            pending = watched.write_goes_on(pending, words[0])
                         return self._finish(_completed(pending, update))
                     if update is not None:
                         update()
@@ -125,12 +123,13 @@ class BurstingVCpu(RestingVCpu):
                         value = drive(value)
                     if not isinstance(value, int):
                         if watched is not None:
-                            value = watched.read_goes_on(value, left_ns, executed_ns)
+                            value = watched.read_goes_on(value)
                         return self._finish(self._service.store(value, words, 0, mask))
                     words[0] = value & mask
                 if watched is not None:
-                    told, watched = watched.told, None
-                    told(words[0], left_ns, executed_ns)
+                    told, watched = watched, None
+                    if told.told():
+                        told.write()
                 if self.disturbed or registers.newer is not _MODEL:
                     break
                 self._exit_due = self._begun = False
@@ -146,11 +145,10 @@ class BurstingVCpu(RestingVCpu):
                     stats.numIO += 1
                 else:
                     stats.numMMIO += 1
-                if left is not None:
-                    executed_ns = burst.executed_ns
+                entered = True
         except BaseException:
             if watched is not None and not entering:
-                watched.failed(words[0] if is_write else None, left_ns, executed_ns)
+                watched.failed(words[0] if is_write else None)
             if entering and not burst.is_running():
                 # A signal's handler has raised just as the entry ended: what came is not lost.
                 self._end_burst(burst)
@@ -190,7 +188,7 @@ class BurstingVCpu(RestingVCpu):
     def _learn(self, burst: AccessBurst, key: int) -> None:
         address, size, is_write, is_pio = key >> 6, key >> 2 & 15, bool(key & 2), key & 1
         target = self._buses[is_pio].resolve(address, size)
-        watched = None if self._watch is None else self._watch(target, size, is_write)
+        watched = None if self._watch is None else self._watch(target, key, burst)
         if watched is not None:
             target = watched.target
         if len(self._known) >= MOST_KNOWN:

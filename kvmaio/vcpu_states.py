@@ -15,6 +15,7 @@ from .exits import Outcome
 if TYPE_CHECKING:
     from .assist import Assisted
     from .bus import Target
+    from .cpu import AccessBurst
     from .suspension import Suspended
     from .vcpu import VCpu
 
@@ -50,37 +51,31 @@ PENDING = VCpuState.RUNNING_MMIO_PENDING
 
 
 class WatchedAccess(Protocol):
-    """Is told of a burst's accesses of one kind, and of the exits with which they come.
-
-    `left_ns` is when the guest was left; `executed_ns` the host time that it was executed before
-    that, -1 where the exit has been told already.
-    """
+    """Is told of a burst's accesses of one kind, and of the exits with which they come."""
 
     @property
     def target(self) -> Target:
         """Who answers them."""
 
     @property
-    def now(self) -> Callable[[], int]:
-        """Guest time."""
+    def told(self) -> Callable[[], int]:
+        """The access has been answered: its data are in the run page. Is there much to write?"""
 
     @property
-    def told(self) -> Callable[[int, int, int], None]:
-        """An access is over: the value, `left_ns`, `executed_ns`."""
+    def write(self) -> Callable[[], None]:
+        """Write it."""
 
-    def failed(self, value: int | None, left_ns: int, executed_ns: int) -> None:
+    def failed(self, value: int | None) -> None:
         """The handler has raised; None is a read."""
 
-    def read_goes_on(self, rest: Any, left_ns: int, executed_ns: int) -> Any:
+    def read_goes_on(self, rest: Any) -> Any:
         """The handler has suspended; gives what to wait for instead of `rest`."""
 
-    def write_goes_on(
-        self, rest: Suspended[None], value: int, left_ns: int, executed_ns: int
-    ) -> Any:
+    def write_goes_on(self, rest: Suspended[None], value: int) -> Any:
         """The handler has suspended; gives what to wait for instead of `rest`."""
 
 
-BurstWatch = Callable[["Target", int, bool], WatchedAccess | None]
+BurstWatch = Callable[["Target", int, "AccessBurst"], WatchedAccess | None]
 
 
 @attrs.frozen
@@ -93,8 +88,8 @@ class VCpuHooks:
             vCPU goes on.
         injected: an interrupt is injected; None is an NMI.
         assisted: the software CPU has executed what KVM could not.
-        bursts: asked once for each access that a burst may have (its target, size, is it a
-            write), who is told of these in place of `left`; None: nobody is.
+        bursts: asked once for each access that a burst may have (its target, as in
+            `AccessBurst.due`, the burst), who is told of these in place of `left`; None: nobody.
     """
 
     left: Callable[[EntryResult, int, int], None] | None = None

@@ -348,11 +348,11 @@ async def test_whatever_a_kill_leaves_of_a_write_only_the_last_line_is_damaged(m
     trace.begin(machine)
     begun_ns = machine.clock.now_ns
     trace(LineRecord(begun_ns, "irq1", True))
-    trace._write()
+    trace.write()
     before = file.read_bytes()
     for late_ns in (2000, 3000):
         trace(LineRecord(begun_ns + late_ns, "irq1", False))
-    trace._write()
+    trace.write()
     after = file.read_bytes()
     trace.close()
     whole, earlier = json.loads(after), json.loads(before)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 
 from ..bus import Target
+from ..cpu import AccessBurst
 from ..suspension import Suspended, drive
 from .accesses import TracedTarget
 
@@ -25,10 +26,12 @@ class BurstAccess:
     Attributes:
         vcpu: who makes it.
         reason: of its exits: ``IO`` or ``MMIO``.
-        now: guest time.
-        ticks_of: guest nanoseconds of executed host nanoseconds.
+        key: as `kvmaio.cpu.AccessBurst.due`.
+        offset_ns: of guest time from CLOCK_MONOTONIC.
+        host_factor: guest time for executed host time.
     """
 
+    burst: AccessBurst
     vcpu: str
     reason: str
     source: str
@@ -37,56 +40,61 @@ class BurstAccess:
     address: int
     size: int
     is_write: bool
-    now: Callable[[], int]
-    ticks_of: Callable[[int], int]
+    key: int
+    offset_ns: int
+    host_factor: float
 
 
 @runtime_checkable
 class Burstable(Protocol):
     """A trace file that takes such notes."""
 
-    def taker(self, access: BurstAccess) -> Callable[[int, int, int], None]:
-        """What is told when an access of this kind is over: the value, when the guest was left,
-        the host time executed before that (-1: the exit is in the trace already)."""
+    def taker(self, access: BurstAccess) -> Callable[[], int] | None:
+        """What is told when an access of this kind has been answered; None: records only.
+
+        Not 0: call `write()` then.
+        """
+
+    def write(self) -> None:
+        """Write what has been taken."""
 
 
 class WatchedTarget:
     """See `kvmaio.vcpu_states.WatchedAccess`."""
 
-    __slots__ = ("_is_write", "_left", "_register", "_target", "now", "target", "told")
+    __slots__ = ("_access", "_left", "_target", "target", "told", "write")
 
     def __init__(
         self,
         target: TracedTarget,
         access: BurstAccess,
-        told: Callable[[int, int, int], None],
+        told: Callable[[], int],
+        write: Callable[[], None],
         left: Callable[[int, int], None],
     ) -> None:
         self._target = target
+        self._access = access
         self._left = left
-        self._register = access.register
-        self._is_write = access.is_write
         self.target: Target = target.inner
-        self.now = access.now
         self.told = told
+        self.write = write
 
-    def failed(self, value: int | None, left_ns: int, executed_ns: int) -> None:
-        self._exit(left_ns, executed_ns)
-        self._target.tell(left_ns, self._register, self._is_write, value)
+    def failed(self, value: int | None) -> None:
+        self._target.tell(self._exit(), self._access.register, self._access.is_write, value)
 
-    def read_goes_on(self, rest: Any, left_ns: int, executed_ns: int) -> Any:
+    def read_goes_on(self, rest: Any) -> Any:
         if not isinstance(rest, Suspended):  # no number, either: who takes it will say so
-            self.failed(None, left_ns, executed_ns)
+            self.failed(None)
             return rest
-        self._exit(left_ns, executed_ns)
-        return drive(self._target.rest_of_read(rest, left_ns, self._register))
+        return drive(self._target.rest_of_read(rest, self._exit(), self._access.register))
 
-    def write_goes_on(
-        self, rest: Suspended[None], value: int, left_ns: int, executed_ns: int
-    ) -> Any:
-        self._exit(left_ns, executed_ns)
-        return drive(self._target.rest_of_write(rest, left_ns, self._register, value))
+    def write_goes_on(self, rest: Suspended[None], value: int) -> Any:
+        return drive(self._target.rest_of_write(rest, self._exit(), self._access.register, value))
 
-    def _exit(self, left_ns: int, executed_ns: int) -> None:
+    def _exit(self) -> int:
+        """Tell of the exit, if nobody has; when it was."""
+        left_ns, executed_ns = self._access.burst.exit()
+        left_ns += self._access.offset_ns
         if executed_ns >= 0:
             self._left(left_ns, executed_ns)
+        return left_ns

@@ -10,8 +10,9 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from ..kvm._native import ffi, lib
 from .bursts import BurstAccess
 from .records import (
     AccessRecord,
@@ -35,6 +36,9 @@ MOST_UNWRITTEN = 128
 UNWRITTEN_FOR_S = 0.2
 """Records are written once there are so many, or when one comes after this time. Together, for
 Python does a thing many times in a row much faster than once in a while between exits."""
+
+NOTES_ROOM = 1 << 15
+"""Bytes of what bursts tell, some 90 exits with their accesses, until that is written."""
 
 _PID = 1
 _monotonic = time.monotonic
@@ -60,15 +64,16 @@ class ChromeTrace:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until close)
         self._seekable = self._file.seekable()
         self._end = 0  # where the closing bracket goes
-        # Or what a burst tells: how to write it, value, when the guest was left, for how long it
-        # had been executed, when the device had answered.
-        self._records: list[Record | tuple[_BurstFormat, int, int, int, int]] = []
+        self._records: list[Record | bytes] = []  # or events of bursts, which are written already
+        self._text = ffi.new("char[]", NOTES_ROOM)
+        self._notes = ffi.new("kvmaio_notes *", {"text": self._text, "room": NOTES_ROOM})
+        self._kinds: list[Any] = []  # of notes, with their prefixes
         self._events: list[bytes] = []  # tracks that the next event needs
         self._written_at = _monotonic()
         self._began_ns = 0
         self._tracks: dict[str, int] = {}
         self._prefixes: dict[tuple[object, ...], str] = {}
-        self._left_ns: dict[str, list[int]] = {}  # vCPU -> [the end of its last time in the guest]
+        self._left_ns: dict[str, Any] = {}  # vCPU -> [the end of its last time in the guest]
         self._formats: dict[type, Callable[[Any], str]] = {
             ExitRecord: self._exit,
             AccessRecord: self._access,
@@ -82,49 +87,53 @@ class ChromeTrace:
         }
 
     def begin(self, machine: Machine) -> None:
-        self._began_ns = machine.clock.now_ns
+        self._began_ns = self._notes.began_ns = machine.clock.now_ns
         self._events.append(_metadata("process_name", 0, machine.name))
         for source in (*(vcpu.name for vcpu in machine.vcpus), *machine.devices):
             self._track(source)
-        self._write()
+        self.write()
 
     def __call__(self, record: Record) -> None:
         records = self._records
+        if self._notes.used:
+            self._take_notes()
         records.append(record)
         if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
-            self._write()
+            self.write()
 
-    def taker(self, access: BurstAccess) -> Callable[[int, int, int], None]:
+    def taker(self, access: BurstAccess) -> Callable[[], int] | None:
         """See `kvmaio.trace.bursts.Burstable`."""
-        records, write, now = self._records, self._write, access.now
-        exit_prefix = self._exit_prefix(access.vcpu, access.reason)
+        exit_prefix = self._exit_prefix(access.vcpu, access.reason).encode()
         access_prefix = self._access_prefix(
-            access.source,
-            access.vcpu,
-            access.register,
-            access.bus,
-            access.address,
-            access.size,
-            access.is_write,
+            *(access.source, access.vcpu, access.register, access.bus),
+            *(access.address, access.size, access.is_write),
+        ).encode()
+        if 2 * (len(exit_prefix) + len(access_prefix) + lib.KVMAIO_NOTE_NUMBERS) > NOTES_ROOM:
+            return None  # a device with such a name has its records
+        texts = ffi.new("char[]", exit_prefix), ffi.new("char[]", access_prefix)
+        kind = ffi.new(
+            "kvmaio_note_kind *",
+            {
+                "exit": texts[0],
+                "exit_length": len(exit_prefix),
+                "access": texts[1],
+                "access_length": len(access_prefix),
+                "left_ns": self._last_left(access.vcpu),
+                "factor": access.host_factor,
+            },
         )
-        alone = _template(access_prefix, _ACCESS_END)
-        how = _BurstFormat(
-            alone,
-            _template(exit_prefix, _EXIT_END) + b",\n" + alone,
-            self._last_left(access.vcpu),
-            access.ticks_of,
-        )
+        self._kinds.append((kind, texts))
+        self._notes.offset_ns = access.offset_ns
+        return access.burst.noter(self._notes, kind) or self._noter(access, kind)
 
-        def told(value: int, left_ns: int, executed_ns: int) -> None:
-            records.append((how, value, left_ns, executed_ns, now()))
-            if len(records) >= MOST_UNWRITTEN:
-                write()
-
-        return told
+    def _noter(self, access: BurstAccess, kind: Any) -> Callable[[], int]:
+        notes, exit_of, note = self._notes, access.burst.exit, lib.kvmaio_note
+        words = access.burst.words(access.key)
+        return lambda: note(notes, kind, words[0], *exit_of())
 
     def close(self) -> None:
         if not self._file.closed:
-            self._write(last=True)
+            self.write(last=True)
             self._file.close()
 
     # ---- events, each as text -------------------------------------------------------------
@@ -152,8 +161,10 @@ class ChromeTrace:
         last[0] = left_ns
         return begun_ns if begun_ns >= before_ns else min(before_ns, left_ns)
 
-    def _last_left(self, vcpu: str) -> list[int]:
-        return self._left_ns.setdefault(vcpu, [self._began_ns])
+    def _last_left(self, vcpu: str) -> Any:
+        if vcpu not in self._left_ns:
+            self._left_ns[vcpu] = ffi.new("int64_t *", self._began_ns)
+        return self._left_ns[vcpu]
 
     def _exit_prefix(self, vcpu: str, reason: str) -> str:
         return self._prefix("guest", "exit", vcpu, {"exit": reason}) + "},"
@@ -181,25 +192,6 @@ class ChromeTrace:
         name = f"{'write' if is_write else 'read'} {register or hex(address)}"
         arguments = {"by": vcpu, bus: hex(address), "size": size}
         return self._prefix(name, "access", source, arguments) + ',"value":'
-
-    def _burst_access(
-        self, how: _BurstFormat, value: int, left_ns: int, executed_ns: int, done_ns: int
-    ) -> bytes:
-        """As `_exit()` and `_access()`, without a call for each step, as bytes and by one format:
-        in the end it is this that a trace of a storm costs."""
-        began_ns = self._began_ns
-        at_ns = left_ns - began_ns
-        if executed_ns < 0:
-            return how.access % (value, at_ns, done_ns - left_ns)
-        last = how.last_left
-        begun_ns, before_ns = left_ns - how.ticks_of(executed_ns), last[0]
-        if begun_ns < before_ns:
-            begun_ns = before_ns if before_ns < left_ns else left_ns
-        last[0] = left_ns
-        return how.both % (
-            *(begun_ns - began_ns, left_ns - begun_ns),
-            *(value, at_ns, done_ns - left_ns),
-        )
 
     def _stall(self, record: StallRecord) -> str:
         prefix = self._prefix("stall", "stall", record.source, {"for": record.access})
@@ -234,6 +226,9 @@ class ChromeTrace:
         prefix = self._prefix(name, kind, record.source, arguments, "i")
         return f'{prefix}}},"s":"t","ts":{self._ts(record)}}}'
 
+    def _event(self, record: Record) -> bytes:
+        return self._formats[type(record)](record).encode()
+
     # ---- parts --------------------------------------------------------------------------
 
     def _ts(self, record: Record) -> str:
@@ -262,18 +257,22 @@ class ChromeTrace:
             self._events.append(_metadata("thread_name", track, source))
         return track
 
-    def _write(self, *, last: bool = False) -> None:
-        events, formats = self._events, self._formats
+    def _take_notes(self) -> None:
+        self._records.append(ffi.buffer(self._text, self._notes.used)[:])
+        self._notes.used = 0
+
+    def write(self, *, last: bool = False) -> None:
+        """Write what has been taken so far; `last`: it is the end."""
+        events = self._events
+        if self._notes.used:
+            self._take_notes()
         for record in self._records:
-            if record.__class__ is tuple:
-                event = self._burst_access(*record)
-            else:
-                event = formats[type(record)](record).encode()
-            events.append(event)
+            events.append(record if isinstance(record, bytes) else self._event(record))
         data = b",\n".join(events)
         events.clear()
         self._records.clear()
         self._written_at = _monotonic()
+        self._notes.due_ns = int((self._written_at + UNWRITTEN_FOR_S) * 1e9)
         if data:
             data = (b",\n" if self._end else b"[\n") + data
         elif not self._end:
@@ -282,24 +281,6 @@ class ChromeTrace:
             self._file.seek(self._end)
         _write_all(self._file, data + b"\n]\n" if self._seekable or last else data)
         self._end += len(data)
-
-
-class _BurstFormat(NamedTuple):
-    """What is the same in all accesses of a kind."""
-
-    access: bytes
-    both: bytes
-    last_left: list[int]
-    ticks_of: Callable[[int], int]
-
-
-# Formats: times are guest nanoseconds.
-_EXIT_END = b'"ts":%de-3,"dur":%de-3}'
-_ACCESS_END = b'"%#x"},"ts":%de-3,"dur":%de-3}'
-
-
-def _template(prefix: str, end: bytes) -> bytes:
-    return prefix.encode().replace(b"%", b"%%") + end
 
 
 def _write_all(file: Any, data: bytes) -> None:

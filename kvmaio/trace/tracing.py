@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from ..assist import Assisted
 from ..bus import Bus, Mapping, Target
-from ..cpu import EntryResult
+from ..clock import LoopClock
+from ..cpu import AccessBurst, EntryResult
 from ..decode import Reason
 from ..disassembly import instruction_name
 from ..errors import ConfigurationError
@@ -209,7 +210,7 @@ class Tracing:
         for bus in (machine.pio, machine.mmio):
             bus.observe(self._layer(bus))
         for vcpu in machine.vcpus:
-            vcpu.hook(_vcpu_hooks(vcpu, machine.clock.read_ns, self._emitter, self._file()))
+            vcpu.hook(_vcpu_hooks(vcpu, machine.clock, self._emitter, self._file()))
         for device in machine.devices.values():
             self._hook_alarm(device)
         for line in self._lines():
@@ -264,12 +265,12 @@ class Tracing:
 
 def _vcpu_hooks(
     vcpu: VCpu,
-    now: Callable[[], int],
+    clock: LoopClock,
     emitter: Callable[[type[Record], str], Sink | None],
     file: Burstable | None,
 ) -> VCpuHooks:
     """What tells of one vCPU, as far as somebody wants to know."""
-    name = vcpu.name
+    name, now = vcpu.name, clock.read_ns
     emit_exit = emitter(ExitRecord, name)
     emit_stall = emitter(StallRecord, name)
     emit_interrupt = emitter(InterruptRecord, name)
@@ -306,22 +307,25 @@ def _vcpu_hooks(
         text = instruction_name(code, bits)
         emit_assist(AssistRecord(now(), name, address, code, text, instructions))
 
-    def bursts(target: Target, size: int, is_write: bool) -> WatchedTarget | None:
+    def bursts(target: Target, key: int, burst: AccessBurst) -> WatchedTarget | None:
         assert file is not None
+        is_write = bool(key & 2)
         if not isinstance(target, TracedTarget) or target.what is None:
             return None
-        source, register, bus, address = target.what(is_write)
-        reason = "IO" if bus == "pio" else "MMIO"
+        what = target.what(is_write)
+        reason = "IO" if key & 1 else "MMIO"
 
         def left(left_ns: int, executed_ns: int) -> None:
             assert emit_exit is not None
-            emit_exit(ExitRecord(left_ns, name, reason, vcpu.ticks_of(executed_ns), None))
+            ticks = int(executed_ns * vcpu.host_factor)
+            emit_exit(ExitRecord(left_ns, name, reason, ticks, None))
 
         access = BurstAccess(
-            *(name, reason, source, register, bus, address, size, is_write, now),
-            vcpu.ticks_of,
+            *(burst, name, reason, *what, key >> 2 & 15, is_write, key),
+            *(clock.of_loop(0), vcpu.host_factor),
         )
-        return WatchedTarget(target, access, file.taker(access), left)
+        told = file.taker(access)
+        return None if told is None else WatchedTarget(target, access, told, file.write, left)
 
     return VCpuHooks(
         left if emit_exit is not None else None,

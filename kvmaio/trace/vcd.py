@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -93,19 +94,23 @@ class VcdTrace:
             case _:
                 pass
 
-    def taker(self, access: BurstAccess) -> Callable[[int, int, int], None]:
+    def taker(self, access: BurstAccess) -> Callable[[], int]:
         """See `kvmaio.trace.bursts.Burstable`."""
         vcpu, source, number = access.vcpu, access.source, int(Reason[access.reason])
         last_exits, has_registers = self._last_exits, bool(self._registers.get(source))
-        now = access.now
+        offset_ns = access.offset_ns
 
-        def told(value: int, left_ns: int, executed_ns: int) -> None:
-            if executed_ns >= 0 and last_exits.get(vcpu) != number:
-                self._exit(vcpu, self._at(now()), number)
-            if has_registers:
-                self._sample(source, self._at(now()))
+        def told() -> int:
+            if has_registers or last_exits.get(vcpu) != number:
+                time_ns = self._at(time.monotonic_ns() + offset_ns)
+                self._exit(vcpu, time_ns, number)
+                self._sample(source, time_ns)
+            return 0
 
         return told
+
+    def write(self) -> None:
+        """Nothing waits: pyvcd writes as it goes."""
 
     def close(self) -> None:
         if not self._file.closed:
