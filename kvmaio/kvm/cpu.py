@@ -287,9 +287,9 @@ class KvmCpu:
     def _choose_thread(self, limit_ns: int) -> None:
         """Runs of some time, one after the other and of this vCPU alone, are steps."""
         if self._residents is not None:
-            if self._hub.sharers > 1 and self._promotion.in_company():
+            if self._promotion.stepped_enough(limit_ns, alone=self._hub.sharers == 1):
                 self._move_out()
-        elif limit_ns and self._hub.sharers == 1:
+        elif limit_ns and self._hub.sharers == 1 and self._hub.waits_for_guests:
             timed_out = self.handle.outcome == lib.KVMAIO_TIMER
             if self._promotion.steps(limit_ns, timed_out):
                 self._move_in()

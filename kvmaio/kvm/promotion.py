@@ -83,6 +83,11 @@ STEP_NS = 5_000_000
 OFTEN_STEPS = 10
 """So many runs in a row that a timer ends, none of them longer, are steps: two changes of threads
 for each make them late."""
+LATE_FACTOR = 2
+MOST_LATE = 3
+BUSY_STEPS = 1_000
+"""So many in a row that take so many times as long as they were to be: the loop is busy with other
+things, and its thread is no place for them, nor for so many behind them."""
 QUIET_NS = 50_000_000
 CERTAIN = 20
 """Where there is no way back in, a guest must have been quiet for so many times as long: an
@@ -109,9 +114,12 @@ class Promotion:
         "_costs",
         "_count",
         "_last_move_ns",
+        "_late",
         "_left_ns",
         "_since_ns",
         "_slow_exit_ns",
+        "_step_began_ns",
+        "_step_limit_ns",
         "_steps",
         "_worked_ns",
         "moves",
@@ -124,7 +132,8 @@ class Promotion:
         self._count = 0
         self._busy_ns = 0
         self._worked_ns = 0
-        self._steps = 0
+        self._steps = self._late = 0
+        self._step_began_ns = self._step_limit_ns = 0
         self._since_ns = 0
         self._left_ns = 0
         self._last_move_ns = 0
@@ -174,13 +183,33 @@ class Promotion:
             limit_ns: how long the run is to be.
             timed_out: the one before ended by its time.
         """
-        self._steps = self._steps + 1 if timed_out and limit_ns <= STEP_NS else 0
-        return self._is_stepped() and self._may_move(time.monotonic_ns())
+        self._steps = self._steps + 1 if timed_out and limit_ns <= STEP_NS else min(self._steps, 0)
+        self._late = 0
+        return self._is_stepped() and self._may_move(self._step_begins(limit_ns))
 
-    def in_company(self) -> bool:
-        """Called once per entry with a limit, on the loop's thread, which others could use: should
-        it move out, as it came for its steps alone?"""
-        return self._is_stepped() and self._may_move(time.monotonic_ns())
+    def stepped_enough(self, limit_ns: int, alone: bool) -> bool:
+        """Called once per entry with a limit, on the loop's thread: should it move out?
+
+        If it is there for its steps, and that thread has others to run, or has so much else to do
+        that they come late.
+
+        Args:
+            limit_ns: how long the run is to be.
+            alone: the loop has no other vCPU.
+        """
+        is_late = self._left_ns - self._step_began_ns > LATE_FACTOR * self._step_limit_ns
+        self._late = self._late + 1 if is_late else 0
+        now_ns = self._step_begins(limit_ns)
+        is_busy = self._late >= MOST_LATE
+        if not self._is_stepped() or not (is_busy or not alone) or not self._may_move(now_ns):
+            return False
+        if is_busy:
+            self._steps = -BUSY_STEPS
+        return True
+
+    def _step_begins(self, limit_ns: int) -> int:
+        self._step_began_ns, self._step_limit_ns = time.monotonic_ns(), max(limit_ns, 1_000_000)
+        return self._step_began_ns
 
     def _is_stepped(self) -> bool:
         return self._steps >= OFTEN_STEPS and self._costs.moves_are_cheap
