@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..kvm._native import ffi, lib
+from ..kvm.notes import Notes
 from .bursts import BurstAccess
 from .records import (
     AccessRecord,
@@ -36,9 +36,6 @@ MOST_UNWRITTEN = 128
 UNWRITTEN_FOR_S = 0.2
 """Records are written once there are so many, or when one comes after this time. Together, for
 Python does a thing many times in a row much faster than once in a while between exits."""
-
-NOTES_ROOM = 1 << 15
-"""Bytes of what bursts tell, some 90 exits with their accesses, until that is written."""
 
 _PID = 1
 _monotonic = time.monotonic
@@ -65,15 +62,13 @@ class ChromeTrace:
         self._seekable = self._file.seekable()
         self._end = 0  # where the closing bracket goes
         self._records: list[Record | bytes] = []  # or events of bursts, which are written already
-        self._text = ffi.new("char[]", NOTES_ROOM)
-        self._notes = ffi.new("kvmaio_notes *", {"text": self._text, "room": NOTES_ROOM})
-        self._kinds: list[Any] = []  # of notes, with their prefixes
+        self._notes = Notes()
+        self._waiting = self._notes.handle
         self._events: list[bytes] = []  # tracks that the next event needs
         self._written_at = _monotonic()
         self._began_ns = 0
         self._tracks: dict[str, int] = {}
         self._prefixes: dict[tuple[object, ...], str] = {}
-        self._left_ns: dict[str, Any] = {}  # vCPU -> [the end of its last time in the guest]
         self._formats: dict[type, Callable[[Any], str]] = {
             ExitRecord: self._exit,
             AccessRecord: self._access,
@@ -87,7 +82,8 @@ class ChromeTrace:
         }
 
     def begin(self, machine: Machine) -> None:
-        self._began_ns = self._notes.began_ns = machine.clock.now_ns
+        self._began_ns = machine.clock.now_ns
+        self._notes.begin(self._began_ns)
         self._events.append(_metadata("process_name", 0, machine.name))
         for source in (*(vcpu.name for vcpu in machine.vcpus), *machine.devices):
             self._track(source)
@@ -95,7 +91,7 @@ class ChromeTrace:
 
     def __call__(self, record: Record) -> None:
         records = self._records
-        if self._notes.used:
+        if self._waiting.used:
             self._take_notes()
         records.append(record)
         if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
@@ -103,33 +99,15 @@ class ChromeTrace:
 
     def taker(self, access: BurstAccess) -> Callable[[], int] | None:
         """See `kvmaio.trace.bursts.Burstable`."""
-        exit_prefix = self._exit_prefix(access.vcpu, access.reason).encode()
+        exit_prefix = self._exit_prefix(access.vcpu, access.reason)
         access_prefix = self._access_prefix(
             *(access.source, access.vcpu, access.register, access.bus),
             *(access.address, access.size, access.is_write),
-        ).encode()
-        if 2 * (len(exit_prefix) + len(access_prefix) + lib.KVMAIO_NOTE_NUMBERS) > NOTES_ROOM:
-            return None  # a device with such a name has its records
-        texts = ffi.new("char[]", exit_prefix), ffi.new("char[]", access_prefix)
-        kind = ffi.new(
-            "kvmaio_note_kind *",
-            {
-                "exit": texts[0],
-                "exit_length": len(exit_prefix),
-                "access": texts[1],
-                "access_length": len(access_prefix),
-                "left_ns": self._last_left(access.vcpu),
-                "factor": access.host_factor,
-            },
         )
-        self._kinds.append((kind, texts))
-        self._notes.offset_ns = access.offset_ns
-        return access.burst.noter(self._notes, kind) or self._noter(access, kind)
-
-    def _noter(self, access: BurstAccess, kind: Any) -> Callable[[], int]:
-        notes, exit_of, note = self._notes, access.burst.exit, lib.kvmaio_note
-        words = access.burst.words(access.key)
-        return lambda: note(notes, kind, words[0], *exit_of())
+        texts = exit_prefix.encode(), access_prefix.encode()
+        return self._notes.noter(
+            *(access.burst, access.key, access.vcpu, texts, access.offset_ns, access.host_factor)
+        )
 
     def close(self) -> None:
         if not self._file.closed:
@@ -156,15 +134,10 @@ class ChromeTrace:
 
     def _begun_ns(self, vcpu: str, left_ns: int, ticks: int) -> int:
         # Executed time is measured by another clock than time: events must not overlap.
-        last = self._last_left(vcpu)
+        last = self._notes.left(vcpu)
         begun_ns, before_ns = left_ns - ticks, last[0]
         last[0] = left_ns
         return begun_ns if begun_ns >= before_ns else min(before_ns, left_ns)
-
-    def _last_left(self, vcpu: str) -> Any:
-        if vcpu not in self._left_ns:
-            self._left_ns[vcpu] = ffi.new("int64_t *", self._began_ns)
-        return self._left_ns[vcpu]
 
     def _exit_prefix(self, vcpu: str, reason: str) -> str:
         return self._prefix("guest", "exit", vcpu, {"exit": reason}) + "},"
@@ -258,13 +231,13 @@ class ChromeTrace:
         return track
 
     def _take_notes(self) -> None:
-        self._records.append(ffi.buffer(self._text, self._notes.used)[:])
-        self._notes.used = 0
+        due_ns = int((_monotonic() + UNWRITTEN_FOR_S) * 1e9)
+        self._records.append(self._notes.take(due_ns))
 
     def write(self, *, last: bool = False) -> None:
         """Write what has been taken so far; `last`: it is the end."""
         events = self._events
-        if self._notes.used:
+        if self._waiting.used:
             self._take_notes()
         for record in self._records:
             events.append(record if isinstance(record, bytes) else self._event(record))
@@ -272,7 +245,6 @@ class ChromeTrace:
         events.clear()
         self._records.clear()
         self._written_at = _monotonic()
-        self._notes.due_ns = int((self._written_at + UNWRITTEN_FOR_S) * 1e9)
         if data:
             data = (b",\n" if self._end else b"[\n") + data
         elif not self._end:
