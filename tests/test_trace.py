@@ -426,7 +426,7 @@ async def test_exits_that_come_slowly_are_written_all_the_same(boot, tmp_path):
     with machine.trace(file):
         run = asyncio.create_task(machine.run())
         async with deadline():
-            while file.read_text().count('"write value"') < 5:
+            while file.read_text().count('"write value"') < 5:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         machine.stop()
         await run
