@@ -48,7 +48,7 @@ test-soft: venv
 # The emulated machine is slow, so each test gets ten times the usual 60 s.
 test-svm: venv
 	tools/svmlab setup
-	tools/svmlab run --verbose --timeout 2700 -- \
+	tools/svmlab run --verbose --timeout 5400 -- \
 	    $(BIN)/pytest -m "kvm and not slow" --timeout 600 $(PYTEST)
 
 clean:

@@ -223,6 +223,16 @@ class AccessBurst(Protocol):
     def words(self, access: int) -> Any:
         """Where the run page has the data of an access, as an array of one word of its size."""
 
+    def begins(self) -> None:
+        """Somebody is told of exits, and has been told of the present one."""
+
+    def exit(self) -> tuple[int, int]:
+        """When the guest was left (CLOCK_MONOTONIC), and what it had executed, in nanoseconds of
+        the host: -1 where that has been told already. After `begins()`."""
+
+    def noter(self, notes: Any, kind: Any) -> Callable[[], int] | None:
+        """What notes such an access in C (`kvm/_notes.h`); None where the model has no such way."""
+
     def take_ns(self) -> int:
         """The host time executed since this was last called, of the entries with an access."""
 

@@ -43,6 +43,7 @@ class Entry:
         interrupts: what waits to be delivered.
         events: instruction counts that somebody waits for, or None.
         on_injection: called with each vector that is injected, None for an NMI.
+        host_factor: guest time for executed host time.
         inside: the model is in the guest, or its result is not yet taken.
         page_is_stale: the state was replaced, and the run page tells of the one before.
         count_exit: counts the exit that has come; must the next entry complete it?
@@ -68,7 +69,7 @@ class Entry:
         self.inside = False
         self.count_exit = count_exit
         self.on_end = on_end
-        self._host_factor = host_factor
+        self.host_factor = host_factor
         hz = getattr(model, "host_hz", HOST_HZ)  # a model's own clock, where it has one
         self._milli_cycles_per_us = int(hz * host_factor) // 1000
         self._counts = model.counts_instructions
@@ -93,7 +94,7 @@ class Entry:
     @property
     def ticks(self) -> int:
         """Guest nanoseconds executed by the last entry; a half entry takes one clock period."""
-        return self._period_ns if self._was_half else int(self._executed_ns * self._host_factor)
+        return self._period_ns if self._was_half else int(self._executed_ns * self.host_factor)
 
     def limit_ns(self, ticks: int | None) -> int | None:
         """The host time for a run of `ticks` guest nanoseconds: what the run timer can keep."""
@@ -101,7 +102,7 @@ class Entry:
             return ticks
         if ticks < 0:
             raise ConfigurationError(f"a run of {ticks} ticks: 0 or more")
-        return max(self.model.resolution_ns, math.ceil(ticks / self._host_factor))
+        return max(self.model.resolution_ns, math.ceil(ticks / self.host_factor))
 
     # ---- entering -------------------------------------------------------------------
 

@@ -502,6 +502,11 @@ class VCpu(BurstingVCpu):
         """The general and special registers as text; the guest must not be running."""
         return self._service.describe_registers()
 
+    @property
+    def host_factor(self) -> float:
+        """Guest time for executed host time."""
+        return self._entry.host_factor
+
     async def flush_posted(self) -> bool:
         """Serve batched writes and doorbells while no exit comes; were there any?"""
         return self.model.has_posted() and await self._service.flush(self._owner.posted_lock)
@@ -511,7 +516,8 @@ class VCpu(BurstingVCpu):
 
         Without them next to nothing asks for one.
         """
-        self._left = hooks.left
+        self._left, self._watch = hooks.left, hooks.bursts
+        self._known.clear()
         self.disturbed = True
         self._entry.on_injection = hooks.injected
         self._service.on_assist = hooks.assisted

@@ -18,7 +18,7 @@ from .registers_sync import Newer
 from .stats import CpuStatistics
 from .suspension import Suspended, drive
 from .vcpu_at_rest import RestingVCpu
-from .vcpu_states import COMPLETION, RUNNING, SERVICE, VCpuOwner
+from .vcpu_states import COMPLETION, RUNNING, SERVICE, BurstWatch, VCpuOwner
 
 __all__ = ["BurstingVCpu"]
 
@@ -47,6 +47,7 @@ class BurstingVCpu(RestingVCpu):
         self.disturbed = False
         self._bursting: AccessBurst | None = None  # that has more time than is booked
         self._buses = (mmio, pio)
+        self._watch: BurstWatch | None = None
         # The key of an access -> what to do about it, in the order in which `_burst()` unpacks it.
         self._known: dict[int, tuple[Any, ...]] = {}
         pio.on_change(self._known.clear)
@@ -79,6 +80,9 @@ class BurstingVCpu(RestingVCpu):
         registers, stats, known = self._registers, self._stats, self._known
         following, left = burst.next, self._left
         key, entering = burst.due, False
+        watched, entered = None, False
+        if self._watch is not None:
+            burst.begins()
         self.disturbed = False
         # Before the handler runs, which may suspend the vCPU. And not again for each access: while
         # the guest is inside, nobody looks.
@@ -86,10 +90,13 @@ class BurstingVCpu(RestingVCpu):
         try:
             while True:
                 try:
-                    is_write, handler, offset, size, words, mask, update = known[key]
+                    is_write, handler, offset, size, words, mask, update, watched = known[key]
                 except KeyError:
                     self._learn(burst, key)
                     continue
+                if left is not None and watched is None and entered:
+                    self._entry.executed(burst.executed_ns)
+                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
                 if is_write:
                     pending = handler(offset, size, words[0])
                     if pending.__class__ is CoroutineType:  # as `drive()` does, without a call
@@ -100,6 +107,8 @@ class BurstingVCpu(RestingVCpu):
                     elif pending is not None:
                         pending = drive(pending)
                     if pending.__class__ is Suspended:
+                        if watched is not None:
+                            pending = watched.write_goes_on(pending, words[0])
                         return self._finish(_completed(pending, update))
                     if update is not None:
                         update()
@@ -113,8 +122,14 @@ class BurstingVCpu(RestingVCpu):
                     elif not isinstance(value, int):
                         value = drive(value)
                     if not isinstance(value, int):
+                        if watched is not None:
+                            value = watched.read_goes_on(value)
                         return self._finish(self._service.store(value, words, 0, mask))
                     words[0] = value & mask
+                if watched is not None:
+                    told, watched = watched, None
+                    if told.told():
+                        told.write()
                 if self.disturbed or registers.newer is not _MODEL:
                     break
                 self._exit_due = self._begun = False
@@ -130,10 +145,10 @@ class BurstingVCpu(RestingVCpu):
                     stats.numIO += 1
                 else:
                     stats.numMMIO += 1
-                if left is not None:
-                    self._entry.executed(burst.executed_ns)
-                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
+                entered = True
         except BaseException:
+            if watched is not None and not entering:
+                watched.failed(words[0] if is_write else None)
             if entering and not burst.is_running():
                 # A signal's handler has raised just as the entry ended: what came is not lost.
                 self._end_burst(burst)
@@ -173,6 +188,9 @@ class BurstingVCpu(RestingVCpu):
     def _learn(self, burst: AccessBurst, key: int) -> None:
         address, size, is_write, is_pio = key >> 6, key >> 2 & 15, bool(key & 2), key & 1
         target = self._buses[is_pio].resolve(address, size)
+        watched = None if self._watch is None else self._watch(target, key, burst)
+        if watched is not None:
+            target = watched.target
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[key] = (
@@ -183,6 +201,7 @@ class BurstingVCpu(RestingVCpu):
             burst.words(key),
             (1 << 8 * size) - 1,
             target.update if is_write else None,
+            watched,
         )
 
     def _use_model(self, model: CpuModel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
@@ -14,6 +14,9 @@ from .exits import Outcome
 
 if TYPE_CHECKING:
     from .assist import Assisted
+    from .bus import Target
+    from .cpu import AccessBurst
+    from .suspension import Suspended
     from .vcpu import VCpu
 
 __all__ = [
@@ -22,9 +25,11 @@ __all__ = [
     "PENDING",
     "RUNNING",
     "SERVICE",
+    "BurstWatch",
     "VCpuHooks",
     "VCpuOwner",
     "VCpuState",
+    "WatchedAccess",
 ]
 
 
@@ -45,6 +50,34 @@ COMPLETION = VCpuState.RUNNING_SERVICE_COMPLETION
 PENDING = VCpuState.RUNNING_MMIO_PENDING
 
 
+class WatchedAccess(Protocol):
+    """Is told of a burst's accesses of one kind, and of the exits with which they come."""
+
+    @property
+    def target(self) -> Target:
+        """Who answers them."""
+
+    @property
+    def told(self) -> Callable[[], int]:
+        """The access has been answered: its data are in the run page. Is there much to write?"""
+
+    @property
+    def write(self) -> Callable[[], None]:
+        """Write it."""
+
+    def failed(self, value: int | None) -> None:
+        """The handler has raised; None is a read."""
+
+    def read_goes_on(self, rest: Any) -> Any:
+        """The handler has suspended; gives what to wait for instead of `rest`."""
+
+    def write_goes_on(self, rest: Suspended[None], value: int) -> Any:
+        """The handler has suspended; gives what to wait for instead of `rest`."""
+
+
+BurstWatch = Callable[["Target", int, "AccessBurst"], WatchedAccess | None]
+
+
 @attrs.frozen
 class VCpuHooks:
     """What to call when something happens to a vCPU; None: nothing.
@@ -55,12 +88,15 @@ class VCpuHooks:
             vCPU goes on.
         injected: an interrupt is injected; None is an NMI.
         assisted: the software CPU has executed what KVM could not.
+        bursts: asked once for each access that a burst may have (its target, as in
+            `AccessBurst.due`, the burst), who is told of these in place of `left`; None: nobody.
     """
 
     left: Callable[[EntryResult, int, int], None] | None = None
     stalls: Callable[[str], Callable[[], None]] | None = None
     injected: Callable[[int | None], None] | None = None
     assisted: Callable[[Assisted], None] | None = None
+    bursts: BurstWatch | None = None
 
 
 class VCpuOwner(Protocol):

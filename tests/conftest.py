@@ -30,7 +30,7 @@ def kvmaio_assembler() -> Callable[..., bytes]:
 
 # A test's time limit raises an exception in it, once. Where a callback of the loop swallows that,
 # or C code never returns, the whole run would hang: then it ends, and says where everyone was.
-GRACE_S = 120
+GRACE_S = 60
 STDERR = pytest.StashKey[int]()
 
 

@@ -348,11 +348,11 @@ async def test_whatever_a_kill_leaves_of_a_write_only_the_last_line_is_damaged(m
     trace.begin(machine)
     begun_ns = machine.clock.now_ns
     trace(LineRecord(begun_ns, "irq1", True))
-    trace._write()
+    trace.write()
     before = file.read_bytes()
     for late_ns in (2000, 3000):
         trace(LineRecord(begun_ns + late_ns, "irq1", False))
-    trace._write()
+    trace.write()
     after = file.read_bytes()
     trace.close()
     whole, earlier = json.loads(after), json.loads(before)
@@ -407,3 +407,26 @@ def test_wrong_options_exit_2_with_a_hint(tmp_path, options, hint):
     )
     assert result.returncode == 2 and hint in result.stderr, result.stderr
     assert not Path(tmp_path, "run.txt").exists()
+
+
+@pytest.mark.kvm
+async def test_exits_that_come_slowly_are_written_all_the_same(boot, tmp_path):
+    """One that comes 0.2 s after a write leads to the next one, however few there are."""
+
+    class Slowly(Device):
+        size = 1
+
+        async def write(self, offset: int, size: int, value: int) -> None:
+            await asyncio.sleep(0.05)
+
+    machine = boot("again: out 0x80, al", "out 0x81, al", "jmp again", cpu="kvm")
+    machine.attach(Slowly(), pio=0x80)
+    machine.attach(Plain(), pio=0x81)
+    file = tmp_path / "run.json"
+    with machine.trace(file):
+        run = asyncio.create_task(machine.run())
+        async with deadline():
+            while file.read_text().count('"write value"') < 5:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        machine.stop()
+        await run

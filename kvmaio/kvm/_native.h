@@ -79,6 +79,8 @@ typedef struct kvmaio_vcpu {
 	int64_t executed_cycles; /* what cycles_fd counted meanwhile; -1: unknown */
 	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
 	int64_t longest_ns;  /* of a resident's run: its longest KVM_RUN */
+	int64_t left_ns;     /* CLOCK_MONOTONIC: when the loop's thread left the guest */
+	uint32_t exit_untold; /* nobody has been told of the exit since: see kvmaio_note_access */
 	int64_t burst_ns;    /* executed by the runs of kvmaio_resident_next; the loop sets it to 0 */
 
 	/* The access that ended the run, where it is one word of 1, 2, 4 or 8 bytes (a port's

@@ -97,7 +97,8 @@ static int enter_at(kvmaio_vcpu *vcpu, int half, enum clocks clocks, int64_t sta
 	/* First stop the handler, then clear what it may have set. */
 	withdraw();
 	*(volatile uint8_t *)&page->immediate_exit = 0;
-	int64_t inside_ns = clock_ns(CLOCK_MONOTONIC) - started_ns;
+	vcpu->left_ns = clock_ns(CLOCK_MONOTONIC);
+	int64_t inside_ns = vcpu->left_ns - started_ns;
 	vcpu->inside_ns += inside_ns;
 	if (inside_ns > vcpu->longest_ns)
 		vcpu->longest_ns = inside_ns;
@@ -227,8 +228,10 @@ int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu)
 	vcpu->burst_end = kvmaio_resident_enter(resident, vcpu, -1);
 	if (vcpu->burst_end != KVMAIO_EXIT)
 		return -1;
-	if (vcpu->access >= 0)
+	if (vcpu->access >= 0) {
 		vcpu->burst_ns += vcpu->executed_ns;
+		vcpu->exit_untold = 1;
+	}
 	return vcpu->access;
 }
 

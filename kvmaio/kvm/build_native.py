@@ -14,7 +14,7 @@ from cffi import FFI
 HERE = Path(__file__).parent
 SOURCES = (
     *("_native.c", "_resident.c", "_fast.c", "_measure.c"),
-    *("_run_timer.c", "_counters.c", "_raw.c"),
+    *("_run_timer.c", "_counters.c", "_notes.c", "_raw.c"),
 )
 
 IOCTLS = """
@@ -187,7 +187,8 @@ typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } k
 typedef struct kvmaio_vcpu {
     kvmaio_run_timer timer; int64_t entry_ns;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
-    int64_t executed_ns, executed_cycles, inside_ns, burst_ns, access; int cycles_fd, burst_end;
+    int64_t executed_ns, executed_cycles, inside_ns, left_ns, burst_ns, access;
+    int cycles_fd, burst_end; uint32_t exit_untold;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);
@@ -237,6 +238,16 @@ int kvmaio_raw_fetch(kvmaio_raw *raw);
 int kvmaio_raw_put_back(kvmaio_raw *raw);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 int64_t kvmaio_measure_entry(int kvm_fd, size_t page_size);
+#define KVMAIO_NOTE_NUMBERS ...
+typedef struct kvmaio_notes {
+    char *text; size_t used, room; int64_t offset_ns, began_ns, due_ns;
+} kvmaio_notes;
+typedef struct kvmaio_note_kind {
+    const char *exit, *access; size_t exit_length, access_length; int64_t *left_ns; double factor;
+} kvmaio_note_kind;
+int kvmaio_note(kvmaio_notes *notes, const kvmaio_note_kind *kind, uint64_t value, int64_t left_ns,
+                int64_t executed_ns);
+int kvmaio_note_access(kvmaio_notes *notes, const kvmaio_note_kind *kind, kvmaio_vcpu *vcpu);
 """
 
 ffibuilder = FFI()
@@ -247,7 +258,7 @@ ffibuilder.cdef(
 )
 ffibuilder.set_source(
     "kvmaio.kvm._native",
-    '#include "_native.h"\n#include "_counters.h"\n#include "_raw.h"',
+    "\n".join(f'#include "{name}.h"' for name in ("_native", "_counters", "_notes", "_raw")),
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[str(HERE)],
     depends=[str(path) for path in HERE.glob("_*.h")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,17 @@ class NativeBurst:
         is_pio, size = access & 1, access >> 2 & 15
         start = ffi.cast("uint8_t *", page) + lib.KVMAIO_PIO_DATA if is_pio else page.mmio.data
         return ffi.cast(_WORDS[size], start)
+
+    def begins(self) -> None:
+        self._handle.exit_untold = 0
+        self._handle.left_ns = time.monotonic_ns()
+
+    def exit(self) -> tuple[int, int]:
+        handle = self._handle
+        return handle.left_ns, handle.executed_ns if handle.exit_untold else -1
+
+    def noter(self, notes: Any, kind: Any) -> Callable[[], int]:
+        return partial(lib.kvmaio_note_access, notes, kind, self._handle)
 
     def take_ns(self) -> int:
         return 0

@@ -133,12 +133,15 @@ class KvmCpu:
         if self._sync_left or self._page_has_registers:
             self._before_entry()
         host_ns = -1 if limit_ns is None else limit_ns
-        if self._residents is None and (limit_ns is not None or not self._may_move_in()):
+        if limit_ns is not None:
+            self._choose_thread(limit_ns)
+        elif self._residents is None and self._may_move_in():
+            self._move_in()
+        residents = self._residents
+        if residents is None:
             self._inside = True
             lib.kvmaio_vcpu_enter(self.handle, host_ns)
             return None
-        residents = self._residents
-        assert residents is not None
         outcome = lib.kvmaio_resident_enter(residents.handle, self.handle, host_ns)
         if outcome == _EXIT_CODE and not self._sync_left:
             return _EXIT  # as `_result` does, without a call
@@ -279,14 +282,24 @@ class KvmCpu:
         worked_ns = None if self.has_lapic else handle.executed_ns
         if not promotion.exits_often(handle.inside_ns, worked_ns, hub.sharers):
             return False
-        if not has_room and not promotion.storms:
-            return False
+        return has_room or promotion.storms
+
+    def _choose_thread(self, limit_ns: int) -> None:
+        """Runs of some time, one after the other and of this vCPU alone, are steps."""
+        if self._residents is not None:
+            if self._promotion.stepped_enough(limit_ns, alone=self._hub.sharers == 1):
+                self._move_out()
+        elif limit_ns and self._hub.sharers == 1 and self._hub.waits_for_guests:
+            timed_out = self.handle.outcome == lib.KVMAIO_TIMER
+            if self._promotion.steps(limit_ns, timed_out):
+                self._move_in()
+
+    def _move_in(self) -> None:
         residents = self._hub.residents
         residents.move_in(self)
         self._residents = residents
         self._burst = ResidentBurst(self, residents)
         self._promotion.moved()
-        return True
 
     def _move_out(self) -> None:
         residents = self._residents

@@ -14,7 +14,7 @@ from ._native import ffi, lib
 from .gate import check
 from .host import Kvm
 from .promotion import Costs
-from .resident import Residents
+from .resident import Residents, epoll_of
 
 if TYPE_CHECKING:
     from .cpu import KvmCpu
@@ -88,6 +88,11 @@ class Hub:
     def sharers(self) -> int:
         """How many vCPUs the loop has."""
         return len(self._cpus)
+
+    @property
+    def waits_for_guests(self) -> bool:
+        """Is a guest's run on the loop's thread the loop's own wait, not a slice between two?"""
+        return epoll_of(self.loop) is not None
 
     def has_room(self) -> bool:
         """May one more vCPU live on this loop's thread, if it exits often?"""

@@ -79,6 +79,15 @@ would take longer than it does itself ..."""
 STORM_EXIT_NS = 60_000
 """... if they also come this fast, all who share the loop taken together: a loop that serves many
 on their own threads gets to each of them only now and then."""
+STEP_NS = 5_000_000
+OFTEN_STEPS = 10
+"""So many runs in a row that a timer ends, none of them longer, are steps: two changes of threads
+for each make them late."""
+LATE_FACTOR = 2
+MOST_LATE = 3
+BUSY_STEPS = 1_000
+"""So many in a row that take so many times as long as they were to be: the loop is busy with other
+things, and its thread is no place for them, nor for so many behind them."""
 QUIET_NS = 50_000_000
 CERTAIN = 20
 """Where there is no way back in, a guest must have been quiet for so many times as long: an
@@ -88,6 +97,8 @@ MOVE_EVERY_NS = 200_000_000
 
 class Promotion:
     """The policy for one vCPU: it moves in when it exits often, and out when it hardly does.
+
+    Or when it runs alone, in steps.
 
     The first move in comes at once, and so does the first one out. After these,
     moves are for hosts on which they are cheap, and even there at most one
@@ -103,9 +114,13 @@ class Promotion:
         "_costs",
         "_count",
         "_last_move_ns",
+        "_late",
         "_left_ns",
         "_since_ns",
         "_slow_exit_ns",
+        "_step_began_ns",
+        "_step_limit_ns",
+        "_steps",
         "_worked_ns",
         "moves",
         "storms",
@@ -117,6 +132,8 @@ class Promotion:
         self._count = 0
         self._busy_ns = 0
         self._worked_ns = 0
+        self._steps = self._late = 0
+        self._step_began_ns = self._step_limit_ns = 0
         self._since_ns = 0
         self._left_ns = 0
         self._last_move_ns = 0
@@ -158,6 +175,44 @@ class Promotion:
         )
         self._count = self._busy_ns = self._worked_ns = 0
         return (often or self.storms) and self._may_move(now_ns)
+
+    def steps(self, limit_ns: int, timed_out: bool) -> bool:
+        """Called once per entry with a limit, on the native thread: should it move in?
+
+        Args:
+            limit_ns: how long the run is to be.
+            timed_out: the one before ended by its time.
+        """
+        self._steps = self._steps + 1 if timed_out and limit_ns <= STEP_NS else min(self._steps, 0)
+        self._late = 0
+        return self._is_stepped() and self._may_move(self._step_begins(limit_ns))
+
+    def stepped_enough(self, limit_ns: int, alone: bool) -> bool:
+        """Called once per entry with a limit, on the loop's thread: should it move out?
+
+        If it is there for its steps, and that thread has others to run, or has so much else to do
+        that they come late.
+
+        Args:
+            limit_ns: how long the run is to be.
+            alone: the loop has no other vCPU.
+        """
+        is_late = self._left_ns - self._step_began_ns > LATE_FACTOR * self._step_limit_ns
+        self._late = self._late + 1 if is_late else 0
+        now_ns = self._step_begins(limit_ns)
+        is_busy = self._late >= MOST_LATE
+        if not self._is_stepped() or not (is_busy or not alone) or not self._may_move(now_ns):
+            return False
+        if is_busy:
+            self._steps = -BUSY_STEPS
+        return True
+
+    def _step_begins(self, limit_ns: int) -> int:
+        self._step_began_ns, self._step_limit_ns = time.monotonic_ns(), max(limit_ns, 1_000_000)
+        return self._step_began_ns
+
+    def _is_stepped(self) -> bool:
+        return self._steps >= OFTEN_STEPS and self._costs.moves_are_cheap
 
     def is_quiet(self, inside_ns: int, crowd: int = 1) -> bool:
         """Called between waits on the loop's thread: should it move out?

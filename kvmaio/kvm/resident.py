@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .cpu import KvmCpu
     from .hub import Hub
 
-__all__ = ["Residents"]
+__all__ = ["Residents", "epoll_of"]
 
 MOST = 2
 """Two share the thread well; more would rather use the other cores, unless they storm."""
@@ -60,14 +60,19 @@ class Turns(Protocol):
         """Leave the loop as it was."""
 
 
+def epoll_of(loop: asyncio.AbstractEventLoop) -> selectors.EpollSelector | None:
+    """What the loop waits with, if somebody else can watch that meanwhile."""
+    found = getattr(loop, "_selector", None)
+    return found if isinstance(found, selectors.EpollSelector) else None
+
+
 class Residents:
     """The resident vCPUs of one loop."""
 
     def __init__(self, hub: Hub, costs: Costs) -> None:
         self._loop = hub.loop
         self._costs = costs
-        found = getattr(hub.loop, "_selector", None)
-        selector = found if isinstance(found, selectors.EpollSelector) else None
+        selector = epoll_of(hub.loop)
         shortest_ns = UNWATCHED_SLICE_NS if selector is None else SLICE_NS
         self.slice_ns = max(shortest_ns, SLICE_EXITS * costs.exit_ns)
         out = ffi.new("kvmaio_resident **")

@@ -411,6 +411,8 @@ int64_t kvmaio_soft_next(kvmaio_soft *public)
 	if (public->burst_end != KVMAIO_SOFT_EXIT || public->access < 0)
 		return -1;
 	public->burst_ticks = public->ticks;
+	public->left_ns = now_ns(CLOCK_MONOTONIC);
+	public->exit_untold = 1;
 	return public->access;
 }
 

@@ -83,6 +83,8 @@ typedef struct kvmaio_soft {
 	int64_t access;       /* that the page holds: address << 6 | size << 2 | is_write << 1 | is_pio;
 	                       * -1: none, or no plain one */
 	int burst_end;        /* what the last kvmaio_soft_next() led to */
+	int64_t left_ns;      /* when that was left with an access (CLOCK_MONOTONIC), */
+	int exit_untold;      /* of which nobody has been told */
 	uint64_t began;       /* `ticks` as the last entry began, */
 	uint64_t burst_ticks; /* and as the last one by kvmaio_soft_next() ended with an access */
 	uint64_t ticks;       /* instructions executed so far; nanoseconds while not counting */

@@ -38,6 +38,8 @@ typedef struct kvmaio_soft {
     uint64_t run_id;
     int64_t access;
     int burst_end;
+    int64_t left_ns;
+    int exit_untold;
     uint64_t began, burst_ticks, ticks, tsc_offset, clock_hz;
     int by_wall_clock;
     uint64_t clock, exits, slices, deliveries;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,19 @@ class SoftBurst:
         is_pio, size = access & 1, access >> 2 & 15
         start = ffi.cast("uint8_t *", page) + _PIO_DATA if is_pio else page.mmio.data
         return ffi.cast(_WORDS[size], start)
+
+    def begins(self) -> None:
+        self._handle.exit_untold = 0
+        self._handle.left_ns = time.monotonic_ns()
+
+    def exit(self) -> tuple[int, int]:
+        handle = self._handle
+        executed_ns = self.executed_ns if handle.exit_untold else -1
+        handle.exit_untold = 0
+        return handle.left_ns, executed_ns
+
+    def noter(self, notes: Any, kind: Any) -> None:
+        return None  # those are KVM's, which may not be here
 
     def take_ns(self) -> int:
         self.settle()

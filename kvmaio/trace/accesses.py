@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+import attrs
+
 from ..bus import Target
 from ..suspension import Suspended, a_number, drive
 from ..vcpu import serving_vcpu
@@ -13,7 +15,28 @@ from .records import AccessRecord, Record
 if TYPE_CHECKING:
     from ..device import Device
 
-__all__ = ["traced_target"]
+__all__ = ["TracedTarget", "traced_target"]
+
+
+@attrs.frozen(eq=False)
+class TracedTarget(Target):
+    """A target whose accesses become records, and what whoever makes these himself needs.
+
+    Attributes:
+        inner: the same without records.
+        what: of the accesses: source, register's name, bus, address; None where the name may
+            change from one to the next.
+        tell: makes a record: when it began, register, is it a write, value.
+        rest_of_read: waits for a handler that has suspended, and makes the record: the rest,
+            when it began, register.
+        rest_of_write: the same, with the value.
+    """
+
+    inner: Target
+    what: Callable[[bool], tuple[str, str | None, str, int]] | None
+    tell: Callable[[int, str | None, bool, int | None], None]
+    rest_of_read: Callable[[Suspended[int], int, str | None], Awaitable[int]]
+    rest_of_write: Callable[[Suspended[None], int, str | None, int], Awaitable[None]]
 
 
 def traced_target(
@@ -25,10 +48,10 @@ def traced_target(
     bus: str,
     address: int,
     size: int,
-) -> Target:
+) -> TracedTarget:
     """`target` with a record for each access, also for one whose handler raises."""
     mask = (1 << 8 * size) - 1
-    name_of = _register_namer(device, target.offset)
+    name_of, is_fixed = _register_namer(device, target.offset)
 
     def tell(begun_ns: int, register: str | None, is_write: bool, value: int | None) -> None:
         by = serving_vcpu()
@@ -85,18 +108,33 @@ def traced_target(
         finally:
             tell(begun_ns, register, True, value)
 
-    return Target(target.offset, read, write, target.update)
+    def what(is_write: bool) -> tuple[str, str | None, str, int]:
+        return source, name_of(is_write), bus, address
+
+    return TracedTarget(
+        target.offset,
+        read,
+        write,
+        target.update,
+        target,
+        what if is_fixed else None,
+        tell,
+        finish_read,
+        finish_write,
+    )
 
 
 _new = tuple.__new__
 
 
-def _register_namer(device: Device | None, offset: int) -> Callable[[bool], str | None]:
-    """is_write -> the name of the register at `offset`; looked up anew only where it may change."""
+def _register_namer(
+    device: Device | None, offset: int
+) -> tuple[Callable[[bool], str | None], bool]:
+    """is_write -> the name of the register at `offset`; and is it always the same?"""
     if device is None:
-        return lambda is_write: None
+        return lambda is_write: None, True
     here = [r for r in device.registers if r.offset <= offset < r.offset + r.size]
     if any(register.when is not None for register in here):
-        return lambda is_write: device.register_name(offset, is_write)
+        return lambda is_write: device.register_name(offset, is_write), False
     names = {is_write: device.register_name(offset, is_write) for is_write in (False, True)}
-    return names.__getitem__
+    return names.__getitem__, True

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..kvm.notes import Notes
+from .bursts import BurstAccess
 from .records import (
     AccessRecord,
     AlarmRecord,
@@ -59,13 +61,14 @@ class ChromeTrace:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until close)
         self._seekable = self._file.seekable()
         self._end = 0  # where the closing bracket goes
-        self._records: list[Record] = []
-        self._events: list[str] = []  # tracks that the next event needs
+        self._records: list[Record | bytes] = []  # or events of bursts, which are written already
+        self._notes = Notes()
+        self._waiting = self._notes.handle
+        self._events: list[bytes] = []  # tracks that the next event needs
         self._written_at = _monotonic()
         self._began_ns = 0
         self._tracks: dict[str, int] = {}
         self._prefixes: dict[tuple[object, ...], str] = {}
-        self._left_ns: dict[str, int] = {}  # vCPU -> the end of its last time in the guest
         self._formats: dict[type, Callable[[Any], str]] = {
             ExitRecord: self._exit,
             AccessRecord: self._access,
@@ -80,20 +83,35 @@ class ChromeTrace:
 
     def begin(self, machine: Machine) -> None:
         self._began_ns = machine.clock.now_ns
+        self._notes.begin(self._began_ns)
         self._events.append(_metadata("process_name", 0, machine.name))
         for source in (*(vcpu.name for vcpu in machine.vcpus), *machine.devices):
             self._track(source)
-        self._write()
+        self.write()
 
     def __call__(self, record: Record) -> None:
         records = self._records
+        if self._waiting.used:
+            self._take_notes()
         records.append(record)
         if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
-            self._write()
+            self.write()
+
+    def taker(self, access: BurstAccess) -> Callable[[], int] | None:
+        """See `kvmaio.trace.bursts.Burstable`."""
+        exit_prefix = self._exit_prefix(access.vcpu, access.reason)
+        access_prefix = self._access_prefix(
+            *(access.source, access.vcpu, access.register, access.bus),
+            *(access.address, access.size, access.is_write),
+        )
+        texts = exit_prefix.encode(), access_prefix.encode()
+        return self._notes.noter(
+            *(access.burst, access.key, access.vcpu, texts, access.offset_ns, access.host_factor)
+        )
 
     def close(self) -> None:
         if not self._file.closed:
-            self._write(last=True)
+            self.write(last=True)
             self._file.close()
 
     # ---- events, each as text -------------------------------------------------------------
@@ -103,31 +121,50 @@ class ChromeTrace:
 
     def _exit(self, record: ExitRecord) -> str:
         time_ns, source, reason, ticks, exit_ = record
-        # Executed time is measured by another clock than time: events must not overlap.
-        begun_ns, left_ns = time_ns - ticks, self._left_ns.get(source, self._began_ns)
-        if begun_ns < left_ns:
-            begun_ns = min(left_ns, time_ns)
-        self._left_ns[source] = time_ns
         prefix = self._prefixes.get((source, reason)) if exit_ is None else None
         if prefix is None:
-            arguments = {"exit": reason} if exit_ is None else {"exit": reason, "is": str(exit_)}
-            prefix = self._prefix("guest", "exit", source, arguments) + "},"
             if exit_ is None:
+                prefix = self._exit_prefix(source, reason)
                 self._keep((source, reason), prefix)
+            else:
+                arguments = {"exit": reason, "is": str(exit_)}
+                prefix = self._prefix("guest", "exit", source, arguments) + "},"
+        begun_ns = self._begun_ns(source, time_ns, ticks)
         return f'{prefix}"ts":{begun_ns - self._began_ns}e-3,"dur":{time_ns - begun_ns}e-3}}'
+
+    def _begun_ns(self, vcpu: str, left_ns: int, ticks: int) -> int:
+        # Executed time is measured by another clock than time: events must not overlap.
+        last = self._notes.left(vcpu)
+        begun_ns, before_ns = left_ns - ticks, last[0]
+        last[0] = left_ns
+        return begun_ns if begun_ns >= before_ns else min(before_ns, left_ns)
+
+    def _exit_prefix(self, vcpu: str, reason: str) -> str:
+        return self._prefix("guest", "exit", vcpu, {"exit": reason}) + "},"
 
     def _access(self, record: AccessRecord) -> str:
         what = record[1:8]  # all but times and value
         prefix = self._prefixes.get(what)
         if prefix is None:
-            source, vcpu, register, bus, address, size, is_write = what
-            name = f"{'write' if is_write else 'read'} {register or hex(address)}"
-            arguments = {"by": vcpu, bus: hex(address), "size": size}
-            prefix = self._prefix(name, "access", source, arguments) + ',"value":'
+            prefix = self._access_prefix(*what)
             self._keep(what, prefix)
         value = record[8]  # by number: by name takes a call
         shown = "null" if value is None else f'"{value:#x}"'
         return f'{prefix}{shown}}},"ts":{record[0] - self._began_ns}e-3,"dur":{record[9]}e-3}}'
+
+    def _access_prefix(
+        self,
+        source: str,
+        vcpu: str | None,
+        register: str | None,
+        bus: str,
+        address: int,
+        size: int,
+        is_write: bool,
+    ) -> str:
+        name = f"{'write' if is_write else 'read'} {register or hex(address)}"
+        arguments = {"by": vcpu, bus: hex(address), "size": size}
+        return self._prefix(name, "access", source, arguments) + ',"value":'
 
     def _stall(self, record: StallRecord) -> str:
         prefix = self._prefix("stall", "stall", record.source, {"for": record.access})
@@ -162,6 +199,9 @@ class ChromeTrace:
         prefix = self._prefix(name, kind, record.source, arguments, "i")
         return f'{prefix}}},"s":"t","ts":{self._ts(record)}}}'
 
+    def _event(self, record: Record) -> bytes:
+        return self._formats[type(record)](record).encode()
+
     # ---- parts --------------------------------------------------------------------------
 
     def _ts(self, record: Record) -> str:
@@ -190,20 +230,25 @@ class ChromeTrace:
             self._events.append(_metadata("thread_name", track, source))
         return track
 
-    def _write(self, *, last: bool = False) -> None:
-        events, formats = self._events, self._formats
+    def _take_notes(self) -> None:
+        due_ns = int((_monotonic() + UNWRITTEN_FOR_S) * 1e9)
+        self._records.append(self._notes.take(due_ns))
+
+    def write(self, *, last: bool = False) -> None:
+        """Write what has been taken so far; `last`: it is the end."""
+        events = self._events
+        if self._waiting.used:
+            self._take_notes()
         for record in self._records:
-            event = formats[type(record)](record)
-            events.append(event)
-        text = ",\n".join(events)
+            events.append(record if isinstance(record, bytes) else self._event(record))
+        data = b",\n".join(events)
         events.clear()
         self._records.clear()
         self._written_at = _monotonic()
-        if text:
-            text = f"{',' if self._end else '['}\n{text}"
+        if data:
+            data = (b",\n" if self._end else b"[\n") + data
         elif not self._end:
-            text = "["
-        data = text.encode()
+            data = b"["
         if self._seekable:
             self._file.seek(self._end)
         _write_all(self._file, data + b"\n]\n" if self._seekable or last else data)
@@ -216,8 +261,8 @@ def _write_all(file: Any, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _metadata(what: str, track: int, name: str) -> str:
+def _metadata(what: str, track: int, name: str) -> bytes:
     return (
         f'{{"name":"{what}","ph":"M","pid":{_PID},"tid":{track},"ts":0,'
         f'"args":{{"name":{json.dumps(name)}}}}}'
-    )
+    ).encode()

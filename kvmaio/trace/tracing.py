@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from ..assist import Assisted
 from ..bus import Bus, Mapping, Target
-from ..cpu import EntryResult
+from ..clock import LoopClock
+from ..cpu import AccessBurst, EntryResult
 from ..decode import Reason
 from ..disassembly import instruction_name
 from ..errors import ConfigurationError
 from ..irq import IrqLine
 from ..vcpu import VCpu, VCpuHooks
-from .accesses import traced_target
+from .accesses import TracedTarget, traced_target
+from .bursts import Burstable, BurstAccess, WatchedTarget
 from .records import (
     KINDS,
     AccessRecord,
@@ -186,6 +188,13 @@ class Tracing:
 
         return emit
 
+    def _file(self) -> Burstable | None:
+        """The trace file that is the only sink, and so may have its records together."""
+        if len(self._traces) == 1 and isinstance(self._traces[0].sink, TraceFile):
+            sink = self._traces[0].sink
+            return sink if isinstance(sink, Burstable) else None
+        return None
+
     def _sources(self) -> list[str]:
         machine = self._machine
         lines = (line.name for line in self._lines())
@@ -201,7 +210,7 @@ class Tracing:
         for bus in (machine.pio, machine.mmio):
             bus.observe(self._layer(bus))
         for vcpu in machine.vcpus:
-            vcpu.hook(_vcpu_hooks(vcpu, machine.clock.read_ns, self._emitter))
+            vcpu.hook(_vcpu_hooks(vcpu, machine.clock, self._emitter, self._file()))
         for device in machine.devices.values():
             self._hook_alarm(device)
         for line in self._lines():
@@ -255,10 +264,13 @@ class Tracing:
 
 
 def _vcpu_hooks(
-    vcpu: VCpu, now: Callable[[], int], emitter: Callable[[type[Record], str], Sink | None]
+    vcpu: VCpu,
+    clock: LoopClock,
+    emitter: Callable[[type[Record], str], Sink | None],
+    file: Burstable | None,
 ) -> VCpuHooks:
     """What tells of one vCPU, as far as somebody wants to know."""
-    name = vcpu.name
+    name, now = vcpu.name, clock.read_ns
     emit_exit = emitter(ExitRecord, name)
     emit_stall = emitter(StallRecord, name)
     emit_interrupt = emitter(InterruptRecord, name)
@@ -295,11 +307,32 @@ def _vcpu_hooks(
         text = instruction_name(code, bits)
         emit_assist(AssistRecord(now(), name, address, code, text, instructions))
 
+    def bursts(target: Target, key: int, burst: AccessBurst) -> WatchedTarget | None:
+        assert file is not None
+        is_write = bool(key & 2)
+        if not isinstance(target, TracedTarget) or target.what is None:
+            return None
+        what = target.what(is_write)
+        reason = "IO" if key & 1 else "MMIO"
+
+        def left(left_ns: int, executed_ns: int) -> None:
+            assert emit_exit is not None
+            ticks = int(executed_ns * vcpu.host_factor)
+            emit_exit(ExitRecord(left_ns, name, reason, ticks, None))
+
+        access = BurstAccess(
+            *(burst, name, reason, *what, key >> 2 & 15, is_write, key),
+            *(clock.of_loop(0), vcpu.host_factor),
+        )
+        told = file.taker(access)
+        return None if told is None else WatchedTarget(target, access, told, file.write, left)
+
     return VCpuHooks(
         left if emit_exit is not None else None,
         stalls if emit_stall is not None else None,
         injected if emit_interrupt is not None else None,
         assisted if emit_assist is not None else None,
+        bursts if emit_exit is not None and file is not None else None,
     )
 
 

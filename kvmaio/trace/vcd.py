@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..decode import Reason
 from ..errors import ConfigurationError
+from .bursts import BurstAccess
 from .records import AccessRecord, AlarmRecord, ExitRecord, LineRecord, Record, StallRecord
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class VcdTrace:
         self._alarms: dict[str, Any] = {}
         self._lines: dict[str, Any] = {}
         self._registers: dict[str, list[tuple[Device, Register[Any], Any]]] = {}
+        self._last_exits: dict[str, int | str] = {}
 
     def begin(self, machine: Machine) -> None:
         self._began_ns = machine.clock.now_ns
@@ -69,17 +73,14 @@ class VcdTrace:
             self._declare(device)
 
     def __call__(self, record: Record) -> None:
-        time_ns, source = record.time_ns - self._began_ns, record.source
+        time_ns, source = record.time_ns, record.source
         if isinstance(record, AccessRecord | StallRecord):
             time_ns += record.duration_ns
-        if time_ns < self._last_ns:  # a checkpoint was restored: the waveform goes on
-            self._began_ns -= self._last_ns - time_ns
-            time_ns = self._last_ns
-        self._last_ns = time_ns
+        time_ns = self._at(time_ns)
         match record:
             case ExitRecord(reason=reason):
-                number = Reason[reason] if reason in Reason.__members__ else "x"
-                self._writer.change(self._exits[source], time_ns, number)
+                number = int(Reason[reason]) if reason in Reason.__members__ else "x"
+                self._exit(source, time_ns, number)
             case AccessRecord():
                 self._sample(source, time_ns)
             case LineRecord():
@@ -93,10 +94,40 @@ class VcdTrace:
             case _:
                 pass
 
+    def taker(self, access: BurstAccess) -> Callable[[], int]:
+        """See `kvmaio.trace.bursts.Burstable`."""
+        vcpu, source, number = access.vcpu, access.source, int(Reason[access.reason])
+        last_exits, has_registers = self._last_exits, bool(self._registers.get(source))
+        offset_ns = access.offset_ns
+
+        def told() -> int:
+            if has_registers or last_exits.get(vcpu) != number:
+                time_ns = self._at(time.monotonic_ns() + offset_ns)
+                self._exit(vcpu, time_ns, number)
+                self._sample(source, time_ns)
+            return 0
+
+        return told
+
+    def write(self) -> None:
+        """Nothing waits: pyvcd writes as it goes."""
+
     def close(self) -> None:
         if not self._file.closed:
             self._writer.close()
             self._file.close()
+
+    def _at(self, time_ns: int) -> int:
+        time_ns -= self._began_ns
+        if time_ns < self._last_ns:  # a checkpoint was restored: the waveform goes on
+            self._began_ns -= self._last_ns - time_ns
+            time_ns = self._last_ns
+        self._last_ns = time_ns
+        return time_ns
+
+    def _exit(self, vcpu: str, time_ns: int, number: int | str) -> None:
+        self._writer.change(self._exits[vcpu], time_ns, number)
+        self._last_exits[vcpu] = number
 
     def _declare(self, device: Device) -> None:
         register_var = self._writer.register_var

@@ -513,13 +513,13 @@ async def test_batched_writes_arrive_first():
         def take(self, value: int) -> None:
             self.seen.append(value)
 
-    lines = ("mov al, 1", "out 0x60, al", "mov al, 2", "out 0x60, al", *SPIN)
+    writes = ("mov al, 1", "out 0x60, al", "mov al, 2", "out 0x60, al", "mov [0x500], al")
     async with deadline(), Machine() as machine:
         device = machine.attach(Posted(), pio=0x60)
-        machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
+        machine.load(Flat(assemble((*writes, *SPIN), "real16", 0x1000), 0x1000))
         run = asyncio.create_task(machine.run())
         cpu = machine.vcpus[0]
-        await until(lambda: cpu.inside and cpu.model.has_posted())
+        await until(lambda: cpu.inside and machine.memory.read(0x500, 1) == b"\2")
         await machine.drain()
         assert device.seen == [1, 2]
         machine.resume()

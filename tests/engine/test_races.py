@@ -421,13 +421,15 @@ def test_races_of_the_core_a_late_kick_ends_only_its_run(core):
     asked = set()
 
     def kick():
-        kicked = 0
+        kicked = looks = 0
         while not ends.is_set():
             if latest > kicked:
                 kicked = latest
                 asked.add(kicked)
                 lib.kvmaio_vcpu_kick(core.vcpu, kicked)
-            time.sleep(0)
+            # Now and then long enough for another thread to be woken and take the GIL.
+            looks += 1
+            time.sleep(0 if looks % 16 else 1e-5)
 
     thread = threading.Thread(target=kick)
     thread.start()

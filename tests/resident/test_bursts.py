@@ -1,12 +1,14 @@
 """Accesses answered back to back (`vcpu_burst.py`): guest and devices see the same as ever."""
 
 import asyncio
+import contextlib
+import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmaio import Device, Exited, Machine, Register, Stopped, VCpuState, current_vcpu
+from kvmaio import Device, EndRun, Exited, Machine, Register, Stopped, VCpuState, current_vcpu
 from kvmaio.boot import Flat
 from kvmaio.bus import Target
 from kvmaio.devices import DebugExit
@@ -122,6 +124,71 @@ def test_devices_and_guest_see_the_same(monkeypatch, program, acts):
         return outcome, al, device.entries, counted
 
     assert outcome(1) == outcome(1 << 30)
+
+
+# ---- what a trace tells of them --------------------------------------------------------------
+
+
+def raises():
+    raise ZeroDivisionError
+
+
+async def raises_later():
+    await asyncio.sleep(0)
+    raise ZeroDivisionError
+
+
+def stops():
+    raise EndRun(Stopped("enough"))
+
+
+async def takes_time():
+    await asyncio.sleep(0.001)
+
+
+ACT_OR_END = st.one_of(ACT, st.sampled_from([takes_time, raises, raises_later, stops]))
+
+
+async def told(folder, kind, code, device, *, others):
+    """Trace a run to a file; `others` listen, too, or nobody does. What is in the file then?"""
+    file = folder / f"run.{kind}"
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        machine.attach(device, pio=PORT, mmio=WINDOW, name="diary")
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(code, 0x1000))
+        with machine.trace(file):
+            if others:
+                machine.trace(lambda record: None)
+            with contextlib.suppress(ZeroDivisionError):
+                await machine.run()
+            watched = [known[-1] is not None for known in machine.vcpus[0]._known.values()]
+    assert not watched or watched.count(not others) == len(watched)
+    if kind == "vcd":
+        vcdvcd = pytest.importorskip("vcdvcd")
+        vcd = vcdvcd.VCDVCD(str(file))
+        return {name: [value for _, value in vcd[name].tv] for name in vcd.signals}
+    events = json.loads(file.read_text())
+    ends = [event["ts"] + event["dur"] for event in events if event.get("name") == "guest"]
+    assert ends == sorted(ends)
+    for event in events:
+        assert event["ts"] >= 0 <= event.pop("dur", 0)
+        del event["ts"]
+    # A kick is a matter of time, and another thread's.
+    return [event for event in events if event["args"].get("exit") != "KICK"]
+
+
+@pytest.mark.parametrize("kind", ["json", "vcd"])
+@given(st.lists(ACCESS, min_size=1, max_size=40), st.lists(ACT_OR_END, max_size=40))
+@settings(max_examples=40 // PATIENCE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_tells_the_same_whether_notes_or_records_are_taken(
+    tmp_path, at_once, kind, program, acts
+):
+    code = b"".join(program) + END
+
+    def file(others):
+        return asyncio.run(told(tmp_path, kind, code, Diary(acts), others=others))
+
+    assert file(others=False) == file(others=True)
 
 
 # ---- what ends a burst -----------------------------------------------------------------------

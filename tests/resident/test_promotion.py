@@ -19,6 +19,7 @@ from kvmaio.kvm.promotion import Costs, Promotion
 from tests.resident.guests import (
     COMPUTING,
     PATIENCE,
+    SPINNING,
     STORMING,
     SVMLAB,
     cpu_of,
@@ -304,3 +305,102 @@ def test_all_that_storm_share_the_loops_thread_where_moves_are_cheap():
             await asyncio.wait(runs)
 
     run_on("asyncio", main())
+
+
+# ---- steps ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("costs", "limit_ns", "timed_out", "steps"),
+    [
+        (CHEAP, 1 * MS, True, True),
+        (DEAR, 1 * MS, True, False),
+        (CHEAP, 6 * MS, True, False),
+        (CHEAP, 1 * MS, False, False),
+    ],
+    ids=["short", "moves are dear", "long", "ended by exits"],
+)
+def test_short_runs_one_after_the_other_are_steps(costs, limit_ns, timed_out, steps):
+    policy = Promotion(costs)
+    told = [policy.steps(limit_ns, timed_out) for _ in range(promotion.OFTEN_STEPS)]
+    assert told == [False] * (promotion.OFTEN_STEPS - 1) + [steps]
+    policy.moved()
+    assert policy.stepped_enough(limit_ns, alone=False) is steps
+
+
+def test_steps_that_come_late_move_out_and_stay_out(monkeypatch):
+    now_ns = 1_000 * MS
+    monkeypatch.setattr(promotion, "time", SimpleNamespace(monotonic_ns=lambda: now_ns))
+    policy = Promotion(CHEAP)
+    while not policy.steps(1 * MS, timed_out=True):
+        pass
+    policy.moved()
+    took_ns = [*[1 * MS] * 20, *[4 * MS] * 2, 1 * MS, *[4 * MS] * promotion.MOST_LATE]
+    told = []
+    for each in took_ns:
+        told.append(policy.stepped_enough(1 * MS, alone=True))
+        now_ns += each
+        policy.left()
+    assert not any(told)
+    assert policy.stepped_enough(1 * MS, alone=True)
+    policy.moved()
+    now_ns += promotion.MOVE_EVERY_NS + 1
+    for _ in range(promotion.BUSY_STEPS):
+        assert not policy.steps(1 * MS, timed_out=True)
+
+
+@pytest.mark.kvm
+@pytest.mark.timeout(60 * PATIENCE)
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_who_runs_in_steps_moves_in_and_out_again_in_company(kind):
+    async def steps(vcpu, count):
+        for _ in range(count):
+            begun_ns = time.monotonic_ns()
+            exit_ = await vcpu.run(ticks=1 * MS)
+            assert exit_.timer_expired and time.monotonic_ns() - begun_ns >= 1 * MS
+
+    async def main():
+        async with asyncio.timeout(20 * PATIENCE), machine_with(SPINNING) as machine:
+            cpu, vcpu = cpu_of(machine), machine.vcpus[0]
+            hub = Hub.acquire()
+            try:
+                cheap = hub.costs.moves_are_cheap and kind == "asyncio"
+            finally:
+                hub.release()
+            await steps(vcpu, 2 * promotion.OFTEN_STEPS)
+            assert (cpu.is_resident, cpu.moves) == (cheap, int(cheap))
+            async with machine_with(SPINNING) as other:
+                await steps(vcpu, 2)
+                await steps(other.vcpus[0], 2 * promotion.OFTEN_STEPS)
+                assert not cpu.is_resident and not cpu_of(other).is_resident
+                assert cpu.moves == 2 * cheap
+
+    run_on(kind, main())
+
+
+@pytest.mark.kvm
+@pytest.mark.timeout(60 * PATIENCE)
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_beside_a_busy_loop_steps_are_taken_on_a_thread_of_their_own(kind):
+    async def main():
+        over = False
+
+        async def hammer():
+            while not over:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        async with asyncio.timeout(20 * PATIENCE), machine_with(SPINNING) as machine:
+            cpu, vcpu = cpu_of(machine), machine.vcpus[0]
+            for _ in range(2 * promotion.OFTEN_STEPS):
+                await vcpu.run(ticks=1 * MS)
+            before = cpu.is_resident
+            task = asyncio.ensure_future(hammer())
+            for _ in range(promotion.BUSY_STEPS // 4):
+                await vcpu.run(ticks=1 * MS)
+                if not cpu.is_resident:
+                    break
+            over = True
+            await task
+            assert not cpu.is_resident and cpu.moves == 2 * before
+
+    run_on(kind, main())
