@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmaio import Device, Exited, Machine, Stopped, current_vcpu
@@ -179,6 +181,29 @@ async def test_counting_can_be_switched_within_a_burst():
     assert outcome == Exited(25) and end[0] is None
     assert [entry[0] for entry in device.stats] == [0, 2, 4, 6, *[None] * 8]
     assert device.written == list(range(12))
+
+
+def told(file: Path, code: bytes, device: Diary) -> list[dict[str, Any]]:
+    """Trace a run to a file; what it tells, but for the times."""
+    traces: list[Any] = []
+    asyncio.run(ran(code, device, prepare=lambda machine, vcpu: traces.append(machine.trace(file))))
+    traces[0].close()
+    events: list[dict[str, Any]] = json.loads(file.read_text())
+    ends = [event["ts"] + event["dur"] for event in events if event.get("name") == "guest"]
+    assert ends == sorted(ends)
+    for event in events:
+        assert event.pop("ts") >= 0 <= event.pop("dur", 0)
+    return events
+
+
+@given(st.lists(ACCESS, min_size=1, max_size=40), st.lists(ACT, max_size=40))
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_trace_tells_the_same(tmp_path, program, acts):
+    code = b"".join(program) + END
+    bursts = told(tmp_path / "run.json", code, Diary(acts))
+    with pytest.MonkeyPatch.context() as patched:
+        without_bursts(patched)
+        assert told(tmp_path / "run.json", code, Diary(acts)) == bursts
 
 
 # ---- what ends a burst ---------------------------------------------------------------------------
