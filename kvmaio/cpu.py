@@ -1,6 +1,6 @@
 """`CpuModel`: what runs guest code; `Context` and `CpuState`: what it consists of.
 
-A model is KVM or the software CPU. The state machine in `vcpu.py` drives
+A model is KVM or the software CPU. The state machine in `vcpu/vcpu.py` drives
 either through this protocol and knows nothing of what is behind it.
 """
 

@@ -30,7 +30,6 @@ from .irq import IrqLine
 from .lost import forbid_in_child
 from .memory import parse_size
 from .platform import Platform, can_assist, choose, open_platform
-from .service import HypercallHandler
 from .simulation import SimulationLoop
 from .stats import MachineStatistics
 from .switching import switch_cpu
@@ -38,6 +37,7 @@ from .tasks import SETTLE_LIMIT_S, Tasks, wait_uncancelled
 from .timed_cpu import TimedCpu
 from .trace import Filter, Sink, Trace, Tracing, open_trace_file
 from .vcpu import VCpu, current_vcpu
+from .vcpu.service import HypercallHandler
 
 if TYPE_CHECKING:
     from .cpu import CpuModel

@@ -18,7 +18,7 @@ from .clock import Alarm
 from .cpu import CONTROL, GENERAL, SEGMENTS, TABLES, CpuState
 from .errors import CheckpointError, ConfigurationError
 from .exits import Exited, Halted, Outcome, Shutdown, Stopped
-from .interrupts import Interrupts
+from .vcpu.interrupts import Interrupts
 
 __all__ = ["MachineEngine", "VCpuEngine", "check_sound", "kept_outcome", "plain_outcome"]
 

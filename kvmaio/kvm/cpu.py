@@ -209,7 +209,7 @@ class KvmCpu:
 
     @property
     def instructions(self) -> int | None:
-        return None  # `kvmaio.instruction_events` counts, where somebody waits
+        return None  # `kvmaio.vcpu.instruction_events` counts, where somebody waits
 
     def recount(self, count: int | None) -> None:
         pass
@@ -417,7 +417,7 @@ class KvmCpu:
 
     @property
     def instruction_stop(self) -> SingleStepper:
-        """What ends entries at an instruction count; see `kvmaio.instruction_events`."""
+        """What ends entries at an instruction count; see `kvmaio.vcpu.instruction_events`."""
         if self._stop is None:
             self._stop = SingleStepper(self)
         return self._stop

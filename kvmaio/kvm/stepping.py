@@ -52,7 +52,7 @@ _TRAPS_0F = {0x05: "SYSCALL", 0x34: "SYSENTER"}
 
 
 class SingleStepper:
-    """One KVM vCPU's `kvmaio.instruction_events.InstructionStop`: exact, one entry each."""
+    """One KVM vCPU's `kvmaio.vcpu.instruction_events.InstructionStop`: exact, one entry each."""
 
     counts_always = lost = False
 

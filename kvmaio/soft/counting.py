@@ -1,4 +1,4 @@
-"""`SoftStop`: the software CPU's `kvmaio.instruction_events.InstructionStop`: exact, and free."""
+"""`SoftStop`: the software CPU's `kvmaio.vcpu.instruction_events.InstructionStop`; exact, free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["SoftStop"]
 
 
 class SoftStop:
-    """See `kvmaio.instruction_events.InstructionStop`.
+    """See `kvmaio.vcpu.instruction_events.InstructionStop`.
 
     Attributes:
         reset_at: the CPU's ticks at the reset; None: nobody knows what was executed since.

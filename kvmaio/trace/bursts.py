@@ -60,7 +60,7 @@ class Burstable(Protocol):
 
 
 class WatchedTarget:
-    """See `kvmaio.vcpu_states.WatchedAccess`."""
+    """See `kvmaio.vcpu.states.WatchedAccess`."""
 
     __slots__ = ("_access", "_left", "_target", "target", "told", "write")
 

@@ -7,8 +7,8 @@ import pytest
 from kvmaio import ConfigurationError, Device, Halted, Machine, Register, Stopped
 from kvmaio.cpu import EntryResult
 from kvmaio.exits import InterruptedExit, IoExit
-from kvmaio.instruction_events import InstructionEvents
 from kvmaio.stats import CpuStatistics
+from kvmaio.vcpu.instruction_events import InstructionEvents
 from tests.engine.support import Diary, deadline, host_only
 from tests.engine.test_section_a import lone_vcpu
 from tests.scripted import INTERRUPTED

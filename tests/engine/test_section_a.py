@@ -8,8 +8,8 @@ import pytest
 from kvmaio import Bus, Device, Halted, Register, Stopped, VCpu, VCpuState
 from kvmaio.errors import ConfigurationError
 from kvmaio.exits import HaltExit, InterruptedExit, IoExit
-from kvmaio.registers_sync import Newer
 from kvmaio.testing import ManualClock
+from kvmaio.vcpu.registers_sync import Newer
 from tests.engine.support import Diary, deadline, until
 from tests.scripted import INTERRUPTED, ScriptedCpu, halt, port_in, port_out, scripted_machine
 

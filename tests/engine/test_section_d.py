@@ -13,7 +13,7 @@ from kvmaio.cpu import Segment
 from kvmaio.dump import format_register
 from kvmaio.errors import ConfigurationError
 from kvmaio.exits import HaltExit, InterruptedExit, IoExit
-from kvmaio.registers_sync import Newer
+from kvmaio.vcpu.registers_sync import Newer
 from tests.assembler import assemble
 from tests.engine.support import Diary, deadline, until
 from tests.engine.test_section_a import SPIN, lone_vcpu

@@ -1,4 +1,4 @@
-"""Accesses answered back to back (`vcpu_burst.py`): guest and devices see the same as ever."""
+"""Accesses answered back to back (`vcpu/burst.py`): guest and devices see the same as ever."""
 
 import asyncio
 import contextlib

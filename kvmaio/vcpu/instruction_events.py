@@ -11,9 +11,9 @@ import heapq
 from itertools import count as numbers
 from typing import Protocol
 
-from .cpu import EntryResult
-from .errors import ConfigurationError
-from .stats import CpuStatistics
+from ..cpu import EntryResult
+from ..errors import ConfigurationError
+from ..stats import CpuStatistics
 
 __all__ = ["InstructionEvents", "InstructionStop", "instruction_stop"]
 

@@ -15,7 +15,7 @@ The states and transitions are gem5's (`BaseKvmCPU`)::
                  handler suspends ▼       │ handler answers
                           RUNNING_MMIO_PENDING
 
-This module, with `vcpu_at_rest` and `vcpu_burst`, is the only place that changes a vCPU's state.
+This module, with `at_rest` and `burst`, is the only place that changes a vCPU's state.
 """
 
 from __future__ import annotations
@@ -27,18 +27,14 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from .bus import Bus
-from .clock import Clock
-from .cpu import Context, CpuModel, CpuState, EntryResult
-from .decode import decode
-from .entry import Entry
-from .errors import ConfigurationError, GuestError
-from .exits import DebugEventExit, EndRun, InterruptedExit, VmExit
-from .instruction_events import InstructionEvents, instruction_stop
-from .registers_sync import Newer
-from .service import HypercallHandler, Service
-from .stats import CpuStatistics
-from .suspension import (
+from ..bus import Bus
+from ..clock import Clock
+from ..cpu import Context, CpuModel, CpuState, EntryResult
+from ..decode import decode
+from ..errors import ConfigurationError, GuestError
+from ..exits import DebugEventExit, EndRun, InterruptedExit, VmExit
+from ..stats import CpuStatistics
+from ..suspension import (
     ENDS_THE_LOOP,
     Suspended,
     drive,
@@ -46,9 +42,13 @@ from .suspension import (
     is_own_cancellation,
     stopped_iteration,
 )
-from .vcpu_at_rest import CLOSED
-from .vcpu_burst import BurstingVCpu
-from .vcpu_states import (
+from .at_rest import CLOSED
+from .burst import BurstingVCpu
+from .entry import Entry
+from .instruction_events import InstructionEvents, instruction_stop
+from .registers_sync import Newer
+from .service import HypercallHandler, Service
+from .states import (
     COMPLETION,
     IDLE,
     PENDING,
@@ -60,7 +60,7 @@ from .vcpu_states import (
 )
 
 if TYPE_CHECKING:
-    from .assist import Assist
+    from ..assist import Assist
 
 __all__ = ["VCpu", "VCpuHooks", "VCpuOwner", "VCpuState", "current_vcpu", "serving_vcpu"]
 

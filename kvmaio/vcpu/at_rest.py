@@ -12,16 +12,16 @@ from collections.abc import Awaitable
 
 import attrs
 
-from .checkpoint import SavedCpu
-from .cpu import CpuModel, CpuState
+from ..checkpoint import SavedCpu
+from ..cpu import CpuModel, CpuState
+from ..errors import ConfigurationError
+from ..suspension import Suspended, drive
 from .entry import Entry
-from .errors import ConfigurationError
 from .instruction_events import InstructionEvents
 from .interrupts import Interrupts
 from .registers_sync import SyncedContext
 from .service import Service
-from .suspension import Suspended, drive
-from .vcpu_states import IDLE, RUNNING, SERVICE, VCpuState
+from .states import IDLE, RUNNING, SERVICE, VCpuState
 
 __all__ = ["CLOSED", "RestingVCpu"]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
-from .cpu import EntryResult
-from .exits import Outcome
+from ..cpu import EntryResult
+from ..exits import Outcome
 
 if TYPE_CHECKING:
-    from .assist import Assisted
-    from .bus import Target
-    from .cpu import AccessBurst
-    from .suspension import Suspended
+    from ..assist import Assisted
+    from ..bus import Target
+    from ..cpu import AccessBurst
+    from ..suspension import Suspended
     from .vcpu import VCpu
 
 __all__ = [

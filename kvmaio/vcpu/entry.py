@@ -1,6 +1,6 @@
 """`Entry`: one vCPU's way into its guest and back: sync, inject, run, account.
 
-It knows no states: the vCPU (`vcpu.py`) decides when to enter, and hears of each end.
+It knows no states: the vCPU (`vcpu/vcpu.py`) decides when to enter, and hears of each end.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from .cpu import AccessBurst, CpuModel, EntryResult
-from .errors import ConfigurationError
+from ..cpu import AccessBurst, CpuModel, EntryResult
+from ..errors import ConfigurationError
+from ..stats import CpuStatistics
 from .instruction_events import InstructionEvents
 from .interrupts import Interrupts
 from .registers_sync import Newer, SyncedContext
-from .stats import CpuStatistics
 
 __all__ = ["Entry"]
 

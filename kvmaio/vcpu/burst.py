@@ -11,14 +11,14 @@ from collections.abc import Awaitable, Callable
 from types import CoroutineType
 from typing import Any
 
-from .bus import Bus
-from .cpu import AccessBurst, CpuModel, EntryResult
-from .decode import Reason
+from ..bus import Bus
+from ..cpu import AccessBurst, CpuModel, EntryResult
+from ..decode import Reason
+from ..stats import CpuStatistics
+from ..suspension import Suspended, drive
+from .at_rest import RestingVCpu
 from .registers_sync import Newer
-from .stats import CpuStatistics
-from .suspension import Suspended, drive
-from .vcpu_at_rest import RestingVCpu
-from .vcpu_states import COMPLETION, RUNNING, SERVICE, BurstWatch, VCpuOwner
+from .states import COMPLETION, RUNNING, SERVICE, BurstWatch, VCpuOwner
 
 __all__ = ["BurstingVCpu"]
 

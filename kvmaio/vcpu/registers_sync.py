@@ -9,8 +9,8 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from .cpu import SEGMENTS, TABLES, Context, CpuModel
-from .errors import ConfigurationError
+from ..cpu import SEGMENTS, TABLES, Context, CpuModel
+from ..errors import ConfigurationError
 
 __all__ = ["Newer", "SyncedContext"]
 

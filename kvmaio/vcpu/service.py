@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from .assist import Assist, Assisted, NotAssisted
-from .bus import Bus
-from .decode import Reason
-from .disassembly import instruction_name
-from .dump import format_context
-from .errors import EmulationFailure, GuestError
-from .exits import (
+from ..assist import Assist, Assisted, NotAssisted
+from ..bus import Bus
+from ..decode import Reason
+from ..disassembly import instruction_name
+from ..dump import format_context
+from ..errors import EmulationFailure, GuestError
+from ..exits import (
     EndRun,
     FailEntryExit,
     HypercallExit,
@@ -22,11 +22,11 @@ from .exits import (
     SystemEventExit,
     reported_code,
 )
-from .linear import code_bits
-from .suspension import Suspended, a_number, drive
+from ..linear import code_bits
+from ..suspension import Suspended, a_number, drive
 
 if TYPE_CHECKING:
-    from .cpu import CpuModel
+    from ..cpu import CpuModel
     from .vcpu import VCpu
 
 __all__ = ["HypercallHandler", "Service"]
