@@ -85,7 +85,7 @@ class BurstingVCpu(RestingVCpu):
             burst.begins()
         self.disturbed = False
         # Before the handler runs, which may suspend the vCPU. And not again for each access: while
-        # the guest is inside, nobody looks.
+        # the guest is inside, nobody looks at this or at `_exit_due`.
         self._state, self._begun = COMPLETION, True
         try:
             while True:
@@ -132,13 +132,11 @@ class BurstingVCpu(RestingVCpu):
                         told.write()
                 if self.disturbed or registers.newer is not _MODEL:
                     break
-                self._exit_due = self._begun = False
                 entering = True
                 key = following()
                 if key < 0:
                     break
                 entering = False
-                self._exit_due = self._begun = True
                 self._bursting = burst
                 stats.numVMExits += 1
                 if key & 1:
@@ -149,9 +147,11 @@ class BurstingVCpu(RestingVCpu):
         except BaseException:
             if watched is not None and not entering:
                 watched.failed(words[0] if is_write else None)
-            if entering and not burst.is_running():
-                # A signal's handler has raised just as the entry ended: what came is not lost.
-                self._end_burst(burst)
+            if entering:
+                self._exit_due = self._begun = False
+                if not burst.is_running():
+                    # A signal's handler has raised just as the entry ended: what came is not lost.
+                    self._end_burst(burst)
             raise
         finally:
             if self._bursting is not None:
