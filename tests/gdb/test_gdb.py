@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-import kvmaio.vcpu
+import kvmaio.vcpu.vcpu
 from kvmaio import Exited, GuestError, Halted, Stopped
 from kvmaio.checkpoint import Checkpoint
 from kvmaio.errors import ConfigurationError
@@ -302,8 +302,6 @@ async def test_vcpus_are_threads(boot):
         machine.vcpus[1].context.rax = 0x1122
         assert await client.ask("Hg2") == "OK"
         assert (await client.ask("p0")).startswith("2211")
-        assert await client.ask("vCont;s:1;c") == "T05thread:1;"
-        assert await client.ask("qC") == "QC1"
         assert await client.ask("vKill;1") == "OK"
         assert await running == Stopped("killed by gdb")
 
@@ -318,6 +316,8 @@ async def test_a_vcpu_steps_alone_or_with_the_others(boot):
         for _ in range(4):
             assert await client.ask("vCont;s:1") == "T05thread:1;"
         assert (machine.vcpus[0].context.rbx, other.context.rbx) == (2, 0)
+        assert await client.ask("vCont;s:1;c") == "T05thread:1;"
+        assert await client.ask("qC") == "QC1"
         client.stream.send("vCont;c")
         await asyncio.sleep(0.2)
         client.interrupt()
@@ -334,7 +334,7 @@ async def test_a_step_that_is_refused_stops_where_it_is(boot, monkeypatch):
         raise ConfigurationError("no steps here")
 
     machine = boot("again: inc ebx", "jmp again")
-    monkeypatch.setattr(kvmaio.vcpu, "instruction_stop", refuse)
+    monkeypatch.setattr(kvmaio.vcpu.vcpu, "instruction_stop", refuse)
     async with deadline(), machine.gdb(port=0) as server, connected(server) as client:
         running = asyncio.create_task(machine.run())
         assert "no steps here" in bytes.fromhex((await client.ask("vCont;s:1"))[1:]).decode()
