@@ -150,18 +150,21 @@ class RestingVCpu:
             elif entry.events is not None and entry.events.fired:
                 await entry.events.let_waiters_run()
             elif self._exit_due and not self._stays_due:
-                pending = self._begin_watched()
-                if pending is not None:
-                    rest = drive(pending)
-                    if isinstance(rest, Suspended):
-                        await self.finish_service(rest)
-                self._exit_due = False
-                if self._state is SERVICE:
-                    self._state = RUNNING
+                await self._finish(self._begin_watched())
             elif self._exit_due or await entry.drain() is None:
                 self._rest_now()
             else:
                 self._restored = None
+
+    async def _finish(self, pending: Awaitable[None] | None) -> None:
+        """Wait for whoever serves the exit due, if that is not done; then it is served."""
+        if pending is not None:
+            rest = drive(pending)
+            if isinstance(rest, Suspended):
+                await self.finish_service(rest)
+        self._exit_due = False
+        if self._state is SERVICE:
+            self._state = RUNNING
 
     @property
     def _stays_due(self) -> bool:

@@ -176,15 +176,6 @@ class BurstingVCpu(RestingVCpu):
         if (burst := self._bursting) is not None:
             self._entry.book_burst(burst)
 
-    async def _finish(self, pending: Awaitable[None]) -> None:
-        """A handler has suspended: this vCPU waits for it."""
-        rest = drive(pending)
-        if isinstance(rest, Suspended):
-            await self.finish_service(rest)
-        self._exit_due = False
-        if self._state is SERVICE:
-            self._state = RUNNING
-
     def _learn(self, burst: AccessBurst, key: int) -> None:
         address, size, is_write, is_pio = key >> 6, key >> 2 & 15, bool(key & 2), key & 1
         target = self._buses[is_pio].resolve(address, size)

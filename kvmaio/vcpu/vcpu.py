@@ -37,7 +37,6 @@ from ..stats import CpuStatistics
 from ..suspension import (
     ENDS_THE_LOOP,
     Suspended,
-    drive,
     foreign_cancellation,
     is_own_cancellation,
     stopped_iteration,
@@ -385,14 +384,8 @@ class VCpu(BurstingVCpu):
                         if follows is not None:
                             await follows
                     elif self._exit_due:
-                        pending = self._begin_watched() if owner.watches_exits else service.begin()
-                        if pending is not None:
-                            rest = drive(pending)
-                            if isinstance(rest, Suspended):
-                                await self.finish_service(rest)
-                        self._exit_due = False
-                        if self._state is SERVICE:
-                            self._state = RUNNING
+                        begin = self._begin_watched if owner.watches_exits else service.begin
+                        await self._finish(begin())
                     elif self._state is IDLE:
                         break
                     elif entry.begin(None) is None:
