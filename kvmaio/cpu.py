@@ -228,7 +228,7 @@ class AccessBurst(Protocol):
 
     def exit(self) -> tuple[int, int]:
         """When the guest was left (CLOCK_MONOTONIC), and what it had executed, in nanoseconds of
-        the host: -1 where that has been told already. After `begins()`."""
+        the host: -1 where that has been told already, before `begins()`. Until the next entry."""
 
     def noter(self, notes: Any, kind: Any) -> Callable[[], int] | None:
         """What notes such an access in C (`kvm/_notes.h`); None where the model has no such way."""

@@ -18,6 +18,8 @@ from .machine import Machine
 __all__ = ["Difference", "defined_floats", "lockstep"]
 
 OVERFLOW, ADJUST = 1 << 11, 1 << 4
+RESUME = 1 << 16
+"""RF, which AMD's processors show set where an access has left the guest (APM vol. 2, 8.9.2)."""
 UNDEFINED = OVERFLOW | ADJUST
 """Flags that logical, shift and multiply instructions leave undefined (SDM vol. 1, appendix A)."""
 
@@ -166,6 +168,8 @@ def _compare(
 
 def _compare_registers(first: Machine, second: Machine, undefined: int) -> str | None:
     one, other = (machine.vcpus[0].context for machine in (first, second))
+    if first.vcpus[0].model.kind != second.vcpus[0].model.kind:
+        undefined |= RESUME
     if (one.rflags ^ other.rflags) & ~undefined:
         return f"rflags {one.rflags:#x} and {other.rflags:#x}"
     for name in _COMPARED:

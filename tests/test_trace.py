@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import pytest
 
 from kvmaio import Device, Exited, GuestError, Halted, Machine, Register
-from kvmaio.bus import Bus
-from kvmaio.devices import CountdownTimer
+from kvmaio.boot import Flat
+from kvmaio.bus import Bus, Unmapped
+from kvmaio.devices import CountdownTimer, DebugExit
 from kvmaio.errors import ConfigurationError
 from kvmaio.pytest_plugin import why_not_kvm, why_not_soft
 from kvmaio.trace import (
@@ -32,6 +35,7 @@ from kvmaio.trace import (
     LineRecord,
     StallRecord,
 )
+from tests.assembler import assemble
 from tests.engine.support import deadline
 from tests.test_cli import KVMAIO, SEABIOS, TIME_LIMIT_S
 
@@ -409,8 +413,28 @@ def test_wrong_options_exit_2_with_a_hint(tmp_path, options, hint):
     assert not Path(tmp_path, "run.txt").exists()
 
 
-@pytest.mark.kvm
-async def test_exits_that_come_slowly_are_written_all_the_same(boot, tmp_path):
+# ---- what a burst tells --------------------------------------------------------------
+
+BOTH = pytest.mark.kvmaio_cpu("kvm", "soft")
+
+
+@asynccontextmanager
+async def traced(
+    cpu: str, file: Path, *code: str, mmio: Device | None = None, **ports: Device
+) -> AsyncIterator[Any]:
+    """A machine whose only trace is that to `file`: fixtures listen, too. Devices by ``p80=``."""
+    async with deadline(30), Machine(memory="512K", cpu=cpu) as machine:
+        machine.attach(DebugExit(), pio=0xF4)
+        if mmio is not None:
+            machine.attach(mmio, pio=0x80, mmio=0x90000, name="both")
+        for port, device in ports.items():
+            machine.attach(device, pio=int(port[1:], 16))
+        machine.load(Flat(assemble(code, "real16", 0x1000), 0x1000))
+        yield machine, machine.trace(file)
+
+
+@BOTH
+async def test_exits_that_come_slowly_are_written_all_the_same(kvmaio_cpu, tmp_path):
     """One that comes 0.2 s after a write leads to the next one, however few there are."""
 
     class Slowly(Device):
@@ -419,14 +443,95 @@ async def test_exits_that_come_slowly_are_written_all_the_same(boot, tmp_path):
         async def write(self, offset: int, size: int, value: int) -> None:
             await asyncio.sleep(0.05)
 
-    machine = boot("again: out 0x80, al", "out 0x81, al", "jmp again", cpu="kvm")
-    machine.attach(Slowly(), pio=0x80)
-    machine.attach(Plain(), pio=0x81)
     file = tmp_path / "run.json"
-    with machine.trace(file):
+    code = ("again: out 0x80, al", "out 0x81, al", "jmp again")
+    async with traced(kvmaio_cpu, file, *code, p80=Slowly(), p81=Plain()) as (machine, _):
         run = asyncio.create_task(machine.run())
-        async with deadline():
-            while file.read_text().count('"write value"') < 5:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        while file.read_text().count('"write value"') < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         machine.stop()
         await run
+
+
+@BOTH
+async def test_notes_of_different_lengths_are_all_there(kvmaio_cpu, tmp_path, monkeypatch):
+    """A short one may leave room for its like, and none for the long one behind it."""
+    monkeypatch.setattr("kvmaio.kvm.notes.ROOM", 3000)  # for a burst to fill it
+    long = type("Long", (Device,), {"d" * 600: Register(0x0)})()
+    file = tmp_path / "run.json"
+    code = (
+        *("mov cx, 2000", "again: out 0x80, al", "out 0x81, al", "out 0x80, al", "loop again"),
+        "out 0xf4, al",
+    )
+    async with traced(kvmaio_cpu, file, *code, p80=Plain(), p81=long) as (machine, trace):
+        assert isinstance(await machine.run(), Exited)
+        assert len(trace.sink._notes._texts) == 3  # with the debug exit's
+        trace.close()
+    names = [event["name"] for event in json.loads(file.read_text())]
+    assert names.count("write value") == 4000
+    assert names.count(f"write {'d' * 600}") == 2000
+    exits = names.count("guest")
+    assert 6001 <= exits == machine.vcpus[0].stats.numVMExits
+
+
+@BOTH
+@pytest.mark.parametrize("suffix", ["json", "vcd"])
+async def test_a_handler_may_end_the_trace(kvmaio_cpu, tmp_path, suffix):
+    class Ends(Device):
+        value = Register(0x0)
+        count = 0
+
+        @value.on_write
+        def take(self, value: int) -> None:
+            self.count += 1
+            if self.count == 50:
+                trace.close()
+
+    file, device = tmp_path / f"run.{suffix}", Ends()
+    code = ("mov cx, 100", "again: out 0x80, al", "loop again", "out 0xf4, al")
+    async with traced(kvmaio_cpu, file, *code, p80=device) as (machine, trace):
+        assert isinstance(await machine.run(), Exited)
+    assert device.count == 100
+
+
+@BOTH
+async def test_a_guest_that_looks_everywhere_does_not_make_the_trace_grow(
+    kvmaio_cpu, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("kvmaio.vcpu.burst.MOST_KNOWN", 64)
+    code = (
+        *("mov bl, 2", "all: xor dx, dx", "again: out dx, al", "inc dx", "cmp dx, 0xf0"),
+        *("jb again", "dec bl", "jnz all", "out 0xf4, al"),
+    )
+    async with traced(kvmaio_cpu, tmp_path / "run.json", *code) as (machine, trace):
+        machine.pio.unmapped = Unmapped.OPEN_BUS
+        assert isinstance(await machine.run(), Exited)
+        assert 0 < len(trace.sink._notes._texts) <= 65  # one for each kind that is known
+
+
+@BOTH
+async def test_a_waveform_tells_of_an_exit_before_what_its_handler_does(kvmaio_cpu, tmp_path):
+    """Also where the accesses are of a burst, whose exits change their kind."""
+    vcdvcd = pytest.importorskip("vcdvcd")
+
+    class Toggles(Device):
+        size = 1
+        level = False
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            self.level = not self.level
+            self.irq.set(self.level)
+
+    file = tmp_path / "run.vcd"
+    code = (
+        *("mov ax, 0x9000", "mov ds, ax", "mov cx, 200"),
+        *("again: out 0x80, al", "mov [0], al", "loop again", "out 0xf4, al"),
+    )
+    async with traced(kvmaio_cpu, file, *code, mmio=Toggles()) as (machine, trace):
+        assert isinstance(await machine.run(), Exited)
+        trace.close()
+    vcd = vcdvcd.VCDVCD(str(file))
+    lines = [at for at, _ in vcd["both.irq"].tv[1:]]
+    exits = [at for at, kind in vcd["cpu0.exit"].tv if kind in ("10", "110")][: len(lines)]
+    assert len(exits) == len(lines) == 400
+    assert all(left <= rose for left, rose in zip(exits, lines, strict=True))

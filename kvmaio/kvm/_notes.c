@@ -44,10 +44,9 @@ int kvmaio_note(kvmaio_notes *notes, const kvmaio_note_kind *kind, uint64_t valu
 		int64_t executed_ns)
 {
 	const int64_t now_ns = clock_ns(CLOCK_MONOTONIC);
-	const size_t most = kind->exit_length + kind->access_length + KVMAIO_NOTE_NUMBERS;
 	char *to = notes->text + notes->used;
 
-	if (notes->room - notes->used < most)
+	if (notes->room - notes->used < notes->longest)
 		return -1;
 	left_ns += notes->offset_ns;
 	if (notes->used)
@@ -65,7 +64,7 @@ int kvmaio_note(kvmaio_notes *notes, const kvmaio_note_kind *kind, uint64_t valu
 	to = PUT(put_number(PUT(to, "\"0x"), value, 16), "\"},");
 	to = put_times(to, left_ns - notes->began_ns, now_ns + notes->offset_ns - left_ns);
 	notes->used = (size_t)(to - notes->text);
-	return notes->room - notes->used < most || now_ns >= notes->due_ns;
+	return notes->room - notes->used < notes->longest || now_ns >= notes->due_ns;
 }
 
 int kvmaio_note_access(kvmaio_notes *notes, const kvmaio_note_kind *kind, kvmaio_vcpu *vcpu)
@@ -76,6 +75,5 @@ int kvmaio_note_access(kvmaio_notes *notes, const kvmaio_note_kind *kind, kvmaio
 	uint64_t value = 0;
 	memcpy(&value, is_pio ? (const uint8_t *)page + KVMAIO_PIO_DATA : page->mmio.data,
 	       size > 8 ? 8 : size);
-	vcpu->exit_untold = 0;
 	return kvmaio_note(notes, kind, value, vcpu->left_ns, executed_ns);
 }

@@ -11,7 +11,7 @@
 /* Text that is written later. */
 typedef struct kvmaio_notes {
 	char *text;
-	size_t used, room;
+	size_t used, room, longest; /* bytes; the longest note of any kind */
 	int64_t offset_ns; /* of guest time from CLOCK_MONOTONIC */
 	int64_t began_ns;  /* guest time: what is told is since then */
 	int64_t due_ns;	  /* CLOCK_MONOTONIC: a note after this is to be written */
@@ -27,7 +27,8 @@ typedef struct kvmaio_note_kind {
 
 /* Append what a vCPU executed until `left_ns` (executed_ns < 0: that is told already), and its
  * access, answered just now. Times are the host's (CLOCK_MONOTONIC).
- * 1: it is time to write, and there may be no room for another one. -1: there was none. */
+ * 1: it is time to write, as there may be no room for another one, or this one is late.
+ * -1: there was no room, since nobody has written then: once written, note it again. */
 int kvmaio_note(kvmaio_notes *notes, const kvmaio_note_kind *kind, uint64_t value, int64_t left_ns,
 		int64_t executed_ns);
 

@@ -240,7 +240,7 @@ int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move
 int64_t kvmaio_measure_entry(int kvm_fd, size_t page_size);
 #define KVMAIO_NOTE_NUMBERS ...
 typedef struct kvmaio_notes {
-    char *text; size_t used, room; int64_t offset_ns, began_ns, due_ns;
+    char *text; size_t used, room, longest; int64_t offset_ns, began_ns, due_ns;
 } kvmaio_notes;
 typedef struct kvmaio_note_kind {
     const char *exit, *access; size_t exit_length, access_length; int64_t *left_ns; double factor;

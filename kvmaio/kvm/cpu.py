@@ -295,8 +295,13 @@ class KvmCpu:
                 self._move_in()
 
     def _move_in(self) -> None:
-        residents = self._hub.residents
-        residents.move_in(self)
+        try:
+            residents = self._hub.residents
+            residents.move_in(self)
+        except HostError as error:  # no timer to be had: it stays where it is
+            _log.info("no guest on the loop's thread: %s", error)
+            self._promotion.give_up()
+            return
         self._residents = residents
         self._burst = ResidentBurst(self, residents)
         self._promotion.moved()

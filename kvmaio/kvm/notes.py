@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ._native import ffi, lib
 
@@ -26,7 +27,8 @@ class Notes:
     def __init__(self) -> None:
         self._text = ffi.new("char[]", ROOM)
         self.handle = ffi.new("kvmaio_notes *", {"text": self._text, "room": ROOM})
-        self._kinds: list[Any] = []  # which C holds
+        # A kind lives as long as who notes by it, and so must its texts, which only C points to.
+        self._texts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._left: dict[str, Any] = {}
 
     def begin(self, began_ns: int) -> None:
@@ -49,7 +51,7 @@ class Notes:
         offset_ns: int,
         factor: float,
     ) -> Callable[[], int] | None:
-        """What is called when an access of a kind has been answered; not 0: `take()` it soon.
+        """What is called when an access of a kind has been answered; see `kvmaio_note()`.
 
         Args:
             key: of the accesses, as `kvmaio.cpu.AccessBurst.due`.
@@ -60,8 +62,10 @@ class Notes:
         Returns:
             None where the texts are so long that two notes would fill the room.
         """
-        if 2 * (sum(map(len, texts)) + lib.KVMAIO_NOTE_NUMBERS) > ROOM:
+        length = sum(map(len, texts)) + lib.KVMAIO_NOTE_NUMBERS
+        if 2 * length > ROOM:
             return None
+        self.handle.longest = max(self.handle.longest, length)
         exit_text, access_text = (ffi.new("char[]", text) for text in texts)
         kind = ffi.new(
             "kvmaio_note_kind *",
@@ -74,7 +78,7 @@ class Notes:
                 "factor": factor,
             },
         )
-        self._kinds.append((kind, exit_text, access_text))
+        self._texts[kind] = exit_text, access_text
         self.handle.offset_ns = offset_ns
         if (by_model := burst.noter(self.handle, kind)) is not None:
             return by_model

@@ -113,6 +113,7 @@ class Promotion:
         "_busy_ns",
         "_costs",
         "_count",
+        "_is_impossible",
         "_last_move_ns",
         "_late",
         "_left_ns",
@@ -132,6 +133,8 @@ class Promotion:
         self._count = 0
         self._busy_ns = 0
         self._worked_ns = 0
+        self._is_impossible = False
+        # In a row, while it is negative: so many are still to pass without a look at them.
         self._steps = self._late = 0
         self._step_began_ns = self._step_limit_ns = 0
         self._since_ns = 0
@@ -201,10 +204,10 @@ class Promotion:
         self._late = self._late + 1 if is_late else 0
         now_ns = self._step_begins(limit_ns)
         is_busy = self._late >= MOST_LATE
-        if not self._is_stepped() or not (is_busy or not alone) or not self._may_move(now_ns):
+        is_over = is_busy or not alone or limit_ns > STEP_NS
+        if not is_over or not self._is_stepped() or not self._may_move(now_ns):
             return False
-        if is_busy:
-            self._steps = -BUSY_STEPS
+        self._steps = -BUSY_STEPS if is_busy else 0
         return True
 
     def _step_begins(self, limit_ns: int) -> int:
@@ -235,7 +238,13 @@ class Promotion:
         self._last_move_ns = time.monotonic_ns()
         self._count = self._busy_ns = self._worked_ns = self._left_ns = 0
 
+    def give_up(self) -> None:
+        """The loop's thread cannot have it."""
+        self._is_impossible = True
+
     def _may_move(self, now_ns: int) -> bool:
+        if self._is_impossible:
+            return False
         if self.moves < 2:
             return True
         return self._costs.moves_are_cheap and now_ns - self._last_move_ns > MOVE_EVERY_NS

@@ -64,9 +64,7 @@ class SoftBurst:
 
     def exit(self) -> tuple[int, int]:
         handle = self._handle
-        executed_ns = self.executed_ns if handle.exit_untold else -1
-        handle.exit_untold = 0
-        return handle.left_ns, executed_ns
+        return handle.left_ns, self.executed_ns if handle.exit_untold else -1
 
     def noter(self, notes: Any, kind: Any) -> None:
         return None  # those are KVM's, which may not be here

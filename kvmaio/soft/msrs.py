@@ -24,6 +24,8 @@ _INFORMATION = frozenset(
         0x10A,  # ARCH_CAPABILITIES
         0x345,  # PERF_CAPABILITIES
         *range(0x480, 0x494),  # what VMX can do
+        *(0x40000010, 0x40000020),  # Hyper-V's clocks: of the CPU and of the machine,
+        *(0x40000022, 0x40000023),  # and the frequencies of the TSC and the APIC
     }
 )
 # and what is not 0 after a reset (KVM: kvm_vcpu_reset, kvm_arch_vcpu_create).

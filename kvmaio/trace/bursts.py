@@ -52,8 +52,11 @@ class Burstable(Protocol):
     def taker(self, access: BurstAccess) -> Callable[[], int] | None:
         """What is told when an access of this kind has been answered; None: records only.
 
-        Not 0: call `write()` then.
+        1: call `write()` then. -1: and tell it again behind that.
         """
+
+    def arrival(self, access: BurstAccess) -> Callable[[], None] | None:
+        """What is told when such an exit comes in the midst of a burst; None: nothing."""
 
     def write(self) -> None:
         """Write what has been taken."""
@@ -62,14 +65,14 @@ class Burstable(Protocol):
 class WatchedTarget:
     """See `kvmaio.vcpu.states.WatchedAccess`."""
 
-    __slots__ = ("_access", "_left", "_target", "target", "told", "write")
+    __slots__ = ("_access", "_left", "_target", "target", "told", "write", "arrived")
 
     def __init__(
         self,
         target: TracedTarget,
         access: BurstAccess,
         told: Callable[[], int],
-        write: Callable[[], None],
+        file: Burstable,
         left: Callable[[int, int], None],
     ) -> None:
         self._target = target
@@ -77,7 +80,8 @@ class WatchedTarget:
         self._left = left
         self.target: Target = target.inner
         self.told = told
-        self.write = write
+        self.write = file.write
+        self.arrived = file.arrival(access)
 
     def failed(self, value: int | None) -> None:
         self._target.tell(self._exit(), self._access.register, self._access.is_write, value)

@@ -109,6 +109,9 @@ class ChromeTrace:
             *(access.burst, access.key, access.vcpu, texts, access.offset_ns, access.host_factor)
         )
 
+    def arrival(self, access: BurstAccess) -> None:
+        """See `kvmaio.trace.bursts.Burstable`: `taker()` tells of the exits, too."""
+
     def close(self) -> None:
         if not self._file.closed:
             self.write(last=True)
@@ -236,6 +239,8 @@ class ChromeTrace:
 
     def write(self, *, last: bool = False) -> None:
         """Write what has been taken so far; `last`: it is the end."""
+        if self._file.closed:  # by the handler whose access is being told
+            return
         events = self._events
         if self._waiting.used:
             self._take_notes()

@@ -325,7 +325,7 @@ def _vcpu_hooks(
             *(clock.of_loop(0), vcpu.host_factor),
         )
         told = file.taker(access)
-        return None if told is None else WatchedTarget(target, access, told, file.write, left)
+        return None if told is None else WatchedTarget(target, access, told, file, left)
 
     return VCpuHooks(
         left if emit_exit is not None else None,

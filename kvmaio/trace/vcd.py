@@ -73,6 +73,8 @@ class VcdTrace:
             self._declare(device)
 
     def __call__(self, record: Record) -> None:
+        if self._file.closed:  # by the handler whose access this is
+            return
         time_ns, source = record.time_ns, record.source
         if isinstance(record, AccessRecord | StallRecord):
             time_ns += record.duration_ns
@@ -96,18 +98,27 @@ class VcdTrace:
 
     def taker(self, access: BurstAccess) -> Callable[[], int]:
         """See `kvmaio.trace.bursts.Burstable`."""
-        vcpu, source, number = access.vcpu, access.source, int(Reason[access.reason])
-        last_exits, has_registers = self._last_exits, bool(self._registers.get(source))
-        offset_ns = access.offset_ns
+        source, offset_ns = access.source, access.offset_ns
+        if not self._registers.get(source):
+            return lambda: 0
 
         def told() -> int:
-            if has_registers or last_exits.get(vcpu) != number:
-                time_ns = self._at(time.monotonic_ns() + offset_ns)
-                self._exit(vcpu, time_ns, number)
-                self._sample(source, time_ns)
+            if not self._file.closed:
+                self._sample(source, self._at(time.monotonic_ns() + offset_ns))
             return 0
 
         return told
+
+    def arrival(self, access: BurstAccess) -> Callable[[], None]:
+        """See `kvmaio.trace.bursts.Burstable`."""
+        vcpu, number, offset_ns = access.vcpu, int(Reason[access.reason]), access.offset_ns
+        last_exits = self._last_exits
+
+        def arrived() -> None:
+            if last_exits.get(vcpu) != number:
+                self._exit(vcpu, self._at(time.monotonic_ns() + offset_ns), number)
+
+        return arrived
 
     def write(self) -> None:
         """Nothing waits: pyvcd writes as it goes."""

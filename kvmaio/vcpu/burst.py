@@ -94,9 +94,12 @@ class BurstingVCpu(RestingVCpu):
                 except KeyError:
                     self._learn(burst, key)
                     continue
-                if left is not None and watched is None and entered:
-                    self._entry.executed(burst.executed_ns)
-                    left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
+                if left is not None and entered:
+                    if watched is None:
+                        self._entry.executed(burst.executed_ns)
+                        left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
+                    elif (arrived := watched.arrived) is not None:
+                        arrived()
                 if is_write:
                     pending = handler(offset, size, words[0])
                     if pending.__class__ is CoroutineType:  # as `drive()` does, without a call
@@ -128,8 +131,10 @@ class BurstingVCpu(RestingVCpu):
                     words[0] = value & mask
                 if watched is not None:
                     told, watched = watched, None
-                    if told.told():
+                    if full := told.told():
                         told.write()
+                        if full < 0:
+                            told.told()
                 if self.disturbed or registers.newer is not _MODEL:
                     break
                 entering = True

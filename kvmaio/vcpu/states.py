@@ -58,8 +58,15 @@ class WatchedAccess(Protocol):
         """Who answers them."""
 
     @property
+    def arrived(self) -> Callable[[], None] | None:
+        """The exit has come, in the midst of a burst; nothing is called where it is None."""
+
+    @property
     def told(self) -> Callable[[], int]:
-        """The access has been answered: its data are in the run page. Is there much to write?"""
+        """The access has been answered: its data are in the run page.
+
+        1: call `write()`. -1: and this again behind that, as there was no room.
+        """
 
     @property
     def write(self) -> Callable[[], None]:
