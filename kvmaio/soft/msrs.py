@@ -36,8 +36,11 @@ _RESET = {
     0xC0010015: 1 << 24,  # HWCR: the time stamp counter's frequency is fixed
     0x4B564D05: 1,  # KVM's, for the host's polling
 }
+# Bits that no guest can write.
+_READ_ONLY = {0x1A0: 0x1800}  # MISC_ENABLE: neither BTS nor PEBS
 
 
 def is_as_after_reset(index: int, value: int) -> bool:
     """Is there nothing to an MSR of KVM's that somebody would miss?"""
-    return index in _INFORMATION or value in (0, _RESET.get(index, 0))
+    state = value & ~_READ_ONLY.get(index, 0)
+    return index in _INFORMATION or state in (0, _RESET.get(index, 0))

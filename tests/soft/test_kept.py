@@ -41,6 +41,7 @@ def state(components: int = 0, contents: dict[int, int] | None = None, **msrs: i
         # A component that is not marked is in its initial state, whatever lies there.
         (state(PKRU, {600: 1}), ""),
         (state(_ce=5, _10a=7, _1a0=1, _4b564d05=1, _3b=0, _277=9), ""),
+        (state(_1a0=0x1801, _40000010=7, _40000020=7, _40000022=7), ""),
         (state(_1a0=0, _3b=5, _4b564d05=3), "MSRs 0x3b, 0x4b564d05"),
         (state(PKRU, {2688: 1}, _3b=5), "XSAVE components 9; MSRs 0x3b"),
     ],
