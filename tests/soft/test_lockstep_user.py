@@ -14,7 +14,7 @@ from kvmaio.boot import Flat
 from kvmaio.cpu import DescriptorTable
 from kvmaio.lockstep import defined_floats, lockstep
 from tests.assembler import assemble
-from tests.engine.support import deadline
+from tests.engine.support import LAB, deadline
 from tests.soft.programs import (
     DATA,
     FAULTS,
@@ -28,7 +28,7 @@ from tests.soft.programs import (
 
 pytestmark = [pytest.mark.kvm, pytest.mark.soft]
 
-EXITS = int(os.environ.get("KVMAIO_LOCKSTEP_USER", "2500"))
+EXITS = int(os.environ.get("KVMAIO_LOCKSTEP_USER", "1000" if LAB else "2500"))
 """In all; of one program:"""
 EACH = 500
 
@@ -60,7 +60,7 @@ async def compare(seed: int, exits: int) -> None:
     )
 
 
-@pytest.mark.timeout(60 + EXITS // 100)
+@pytest.mark.timeout((60 + EXITS // 100) * (10 if LAB else 1))
 async def test_kvm_and_the_software_cpu_agree_in_user_mode():
     for seed in range(max(1, EXITS // EACH)):
         await compare(seed, EACH)
