@@ -8,6 +8,7 @@ import operator
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -384,8 +385,10 @@ async def test_guest_time_goes_back_to_the_checkpoints(boot):
     async with deadline():
         saved = await machine.checkpoint()
         await asyncio.sleep(0.05)
+        began_ns = time.monotonic_ns()
         await machine.restore(saved)
-        assert 0 <= machine.clock.now_ns - saved.time_ns < 50_000_000
+        since_ns = machine.clock.now_ns - saved.time_ns
+        assert 0 <= since_ns <= time.monotonic_ns() - began_ns
 
 
 # ---- refusals ------------------------------------------------------------------------------
