@@ -553,10 +553,10 @@ async def posting() -> AsyncIterator[tuple[Machine, Posted]]:
     outs = [line for n in (1, 2, 3) for line in (f"mov al, {n}", "out 0x60, al")]
     async with deadline(), Machine(memory="1M") as machine:
         device = machine.attach(Posted(), pio=0x60)
-        machine.load(Flat(assemble((*outs, *SPIN), "real16", 0x1000), 0x1000))
-        while len(device.begun) < 1 and not machine.vcpus[0].model.has_posted():
+        code = (*outs, "mov [0x500], al", *SPIN)
+        machine.load(Flat(assemble(code, "real16", 0x1000), 0x1000))
+        while machine.memory.read(0x500, 1) != b"\3":
             await machine.vcpus[0].run(2_000_000)
-        await machine.vcpus[0].run(2_000_000)
         yield machine, device
 
 
@@ -642,13 +642,13 @@ async def test_doorbells_have_rung_first():
     class Rung(Device):
         bell = Register(0, doorbell=True)
 
-    lines = ("mov cx, 5", "again: out 0x60, al", "loop again", *SPIN)
+    rings = ("mov cx, 5", "again: out 0x60, al", "loop again", "mov byte ptr [0x500], 1")
+    lines = (*rings, *SPIN)
     async with deadline(), Machine() as machine:
         device = machine.attach(Rung(), pio=0x60)
         machine.load(Flat(assemble(lines, "real16", 0x1000), 0x1000))
         run = asyncio.create_task(machine.run())
-        await until(lambda: machine.vcpus[0].inside)
-        await asyncio.sleep(0.01)
+        await until(lambda: machine.vcpus[0].inside and machine.memory.read(0x500, 1) == b"\1")
         saved = await machine.checkpoint()
         assert saved.devices["rung0"].registers == {"bell": 5}
         device.bell.pending = 0
