@@ -21,7 +21,7 @@ from kvmaio.kvm.cpuid import CpuidEntry, select
 from kvmaio.kvm.vm import KvmVm
 from kvmaio.soft.platform import OwnCpuid, SoftMachine
 from tests.assembler import assemble
-from tests.engine.support import Diary, deadline, host_only, until
+from tests.engine.support import LAB, Diary, deadline, host_only, until
 from tests.leftovers import Held, no_more_than
 
 pytestmark = [pytest.mark.kvm, pytest.mark.soft]
@@ -200,7 +200,7 @@ async def test_400_hand_overs_of_an_active_run_change_nothing():
                     end = defined(vcpu.model.read_state())
                     ends.append((end, machine.memory.read(0, machine.memory.size)))
     assert ends[0] == ends[1] and ends[1][0]["r12"] == 0
-    assert len(where) > 300  # it has gone on between them
+    assert len(where) > (30 if LAB else 300)  # it has gone on between them
 
 
 @pytest.mark.skipif(not SEABIOS.exists(), reason=f"no {SEABIOS}: apt-get install seabios")
