@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from ..decode import Reason
 from ..errors import ConfigurationError
 from .bursts import BurstAccess
@@ -58,7 +60,7 @@ class VcdTrace:
         self._exits: dict[str, Any] = {}
         self._alarms: dict[str, Any] = {}
         self._lines: dict[str, Any] = {}
-        self._registers: dict[str, list[tuple[Device, Register[Any], Any]]] = {}
+        self._registers: dict[str, list[_Signal]] = {}
         self._last_exits: dict[str, int | str] = {}
 
     def begin(self, machine: Machine) -> None:
@@ -148,19 +150,33 @@ class VcdTrace:
         )
         self._alarms[name] = register_var(name, "alarm", "event")
         self._registers[name] = [
-            (
+            _Signal(
                 device,
                 register,
-                register_var(name, register.name, "reg", size=register.bits, init=_value(*where)),
+                register_var(name, register.name, "reg", size=register.bits, init=value),
+                value,
             )
             for register in device.registers
             if not register.doorbell
-            for where in [(device, register)]
+            for value in [_value(device, register)]
         ]
 
     def _sample(self, source: str, time_ns: int) -> None:
-        for device, register, variable in self._registers.get(source, ()):
-            self._writer.change(variable, time_ns, _value(device, register))
+        for signal in self._registers.get(source, ()):
+            value = _value(signal.device, signal.register)
+            if value != signal.value:  # pyvcd looks, too, but takes a microsecond for it
+                self._writer.change(signal.variable, time_ns, value)
+                signal.value = value
+
+
+@attrs.define
+class _Signal:
+    """A register, and what was last told of it."""
+
+    device: Device
+    register: Register[Any]
+    variable: Any
+    value: int
 
 
 def _value(device: Device, register: Register[Any]) -> int:
