@@ -234,8 +234,10 @@ async def test_discard_pending_signal_with_limits_around_the_time_of_the_exit(bo
             machine.memory.write(0x3000, count.to_bytes(4, "little"))
             await vcpu.run()
             took_ns = min([(await vcpu.run()).ticks for _ in range(5)])
+        limit_ns = float(took_ns)  # follows what the way to the exit takes
         for n in range(300):
-            exit_ = await vcpu.run(took_ns * (50 + n) // 200)  # 0.25 to 1.75 of it
+            exit_ = await vcpu.run(int(limit_ns * (0.75 + n % 11 / 20)))
+            limit_ns *= 0.95 if type(exit_) is IoExit else 1.05
             outcomes[type(exit_) is IoExit] += 1
             if type(exit_) is not IoExit:
                 assert exit_.timer_expired
