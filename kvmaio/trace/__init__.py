@@ -3,6 +3,8 @@
 =============  =================================================================
 `records`      one class for each kind of record
 `tracing`      hooks a machine's parts while somebody listens; nothing else pays
+`accesses`     a record for each access to a device
+`bursts`       one note in place of records, for a file, where accesses come in a row
 `chrome`       a sink: trace-event JSON, for Perfetto and ``chrome://tracing``
 `vcd`          a sink: registers and interrupt lines as a waveform
 =============  =================================================================

@@ -1,7 +1,8 @@
 """What a trace consists of.
 
 Named tuples, for making one takes a fraction of what a class with attributes does,
-and with a trace on two are made at each exit. Times are guest nanoseconds
+and with a trace on two are made at each exit; where a file alone listens, only at those
+that are no burst's (`bursts`). Times are guest nanoseconds
 (`Machine.clock`). `source` is who the record is about: a vCPU, a device, a line.
 """
 
