@@ -75,12 +75,14 @@ class Bus:
         name: ``pio`` or ``mmio``.
         limit: the number of addresses.
         unmapped: what happens where there is no device.
+        changes: how often what `resolve()` has given has become untrue.
     """
 
     def __init__(self, name: str, limit: int, unmapped: Unmapped = Unmapped.ERROR) -> None:
         self.name = name
         self.limit = limit
         self.unmapped = unmapped
+        self.changes = 0
         self._mappings: list[Mapping] = []
         self._bases: list[int] = []
         # (address << 4 | size) -> target: filled as accesses come, emptied by map and unmap.
@@ -149,6 +151,7 @@ class Bus:
 
     def _forget_targets(self) -> None:
         self._targets.clear()
+        self.changes += 1
         for told in self._on_change:
             told()
 

@@ -7,10 +7,14 @@ either through this protocol and knows nothing of what is behind it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import attrs
+
+if TYPE_CHECKING:
+    from .access_burst import AccessBurst
 
 __all__ = [
     "Context",
@@ -19,7 +23,7 @@ __all__ = [
     "DescriptorTable",
     "EntryResult",
     "ModelSettings",
-    "PostedWrite",
+    "PostedWrites",
     "Segment",
     "SystemState",
 ]
@@ -190,55 +194,20 @@ class EntryResult(enum.Enum):
     """The time limit ended it; the run page is stale."""
 
 
-class PostedWrite(NamedTuple):
-    """A write that the CPU model batched because the device needs no exit for it."""
+@attrs.define(eq=False)
+class PostedWrites:
+    """Writes to one place, one behind the other, batched as the device needs no exit for them.
+
+    Attributes:
+        time_ns: when the guest made the only one (CLOCK_MONOTONIC); 0 where nobody looked.
+        values: oldest first. Whoever has them served takes each one away before that.
+    """
 
     address: int
-    value: int
-    time_ns: int
-    """When the guest made it (CLOCK_MONOTONIC); 0 where nobody looked."""
     size: int
     is_pio: bool
-
-
-class AccessBurst(Protocol):
-    """A guest's plain accesses, one after the other: entries with nothing to look at between."""
-
-    @property
-    def due(self) -> int:
-        """The access that the run page holds, as
-        ``address << 6 | size << 2 | is_write << 1 | is_pio``; -1 where it is no plain one."""
-
-    @property
-    def next(self) -> Callable[[], int]:
-        """Enters the guest, without a limit; gives the access that it then makes, as `due`
-        does. Else -1, and `end()` tells."""
-
-    def end(self) -> EntryResult | None:
-        """What the last `next()` led to, if not to a plain access; as `CpuModel.enter()`."""
-
-    def is_running(self) -> bool:
-        """Is the last entry still under way?"""
-
-    def words(self, access: int) -> Any:
-        """Where the run page has the data of an access, as an array of one word of its size."""
-
-    def begins(self) -> None:
-        """Somebody is told of exits, and has been told of the present one."""
-
-    def exit(self) -> tuple[int, int]:
-        """When the guest was left (CLOCK_MONOTONIC), and what it had executed, in nanoseconds of
-        the host: -1 where that has been told already, before `begins()`. Until the next entry."""
-
-    def noter(self, notes: Any, kind: Any) -> Callable[[], int] | None:
-        """What notes such an access in C (`kvm/_notes.h`); None where the model has no such way."""
-
-    def take_ns(self) -> int:
-        """The host time executed since this was last called, of the entries with an access."""
-
-    @property
-    def executed_ns(self) -> int:
-        """Host time of the last entry."""
+    time_ns: int
+    values: deque[int]
 
 
 class CpuModel(Protocol):
@@ -353,8 +322,8 @@ class CpuModel(Protocol):
     def has_posted(self) -> bool:
         """Were writes batched, or may doorbells have rung, before the present exit?"""
 
-    def posted(self) -> Iterator[PostedWrite]:
-        """Take these writes, oldest first."""
+    def posted(self) -> PostedWrites | None:
+        """The oldest of these writes; the same again while some of them are left."""
 
     def ring_doorbells(self) -> bool:
         """Deliver the doorbells that rang; did any?"""

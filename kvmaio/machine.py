@@ -318,7 +318,7 @@ class Machine(Board):
         self.watches_exits = bool(self.paths)
         self.has_doorbells = self.paths.any_doorbell
         for vcpu in self.vcpus:
-            vcpu.disturbed = True
+            vcpu.disturb()
         if self._loop is not None:
             self._give_clock(device)
         if self.barrier.is_down:

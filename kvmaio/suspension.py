@@ -11,6 +11,7 @@ __all__ = [
     "ENDS_THE_LOOP",
     "Suspended",
     "a_number",
+    "check_awaitable",
     "drive",
     "foreign_cancellation",
     "is_own_cancellation",
@@ -71,9 +72,14 @@ def a_number(value: object) -> int:
     return value
 
 
+def check_awaitable(answer: object) -> None:
+    """Raise TypeError if what a handler gave cannot be awaited."""
+    if not hasattr(answer, "__await__"):
+        raise TypeError(f"a handler gave {answer!r}: neither a number nor something to await")
+
+
 def _awaited(awaitable: Awaitable[Any]) -> Any:
-    if not hasattr(awaitable, "__await__"):
-        raise TypeError(f"a handler gave {awaitable!r}: neither a number nor something to await")
+    check_awaitable(awaitable)
     return awaitable.__await__()
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import attrs
+
 from .arrival import Arrival
-from .cpu import Context, CpuModel, CpuState, EntryResult, ModelSettings, PostedWrite
+from .cpu import Context, CpuModel, CpuState, EntryResult, ModelSettings, PostedWrites
 from .errors import ConfigurationError, KvmaioError
 from .simulation import SimulationLoop
 from .stats import CpuStatistics
@@ -260,12 +262,12 @@ class TimedCpu:
     def has_posted(self) -> bool:
         return self.model.has_posted()
 
-    def posted(self) -> Iterator[PostedWrite]:
+    def posted(self) -> PostedWrites | None:
         """The model's; its times are by the host's clock, and become guest time."""
-        for write in self.model.posted():
-            if write.time_ns:
-                write = write._replace(time_ns=self._guest_time(write.time_ns))
-            yield write
+        writes = self.model.posted()
+        if writes is None or not writes.time_ns:
+            return writes
+        return attrs.evolve(writes, time_ns=self._guest_time(writes.time_ns))
 
     def _guest_time(self, wall_ns: int) -> int:
         for started_wall_ns, started_ns in reversed(self._slices):

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
 import kvmaio.machine
 from kvmaio import Context, Machine
-from kvmaio.cpu import SEGMENTS, TABLES, CpuState, EntryResult, ModelSettings, PostedWrite
+from kvmaio.cpu import SEGMENTS, TABLES, CpuState, EntryResult, ModelSettings, PostedWrites
 from kvmaio.decode import Reason
 from kvmaio.kvm._native import ffi
 
@@ -181,7 +181,7 @@ class ScriptedCpu:
         self.registers = Context()
         self.completion: Callable[[Context], None] | None = None
         self.executed_ns = executed_ns
-        self.batch: deque[PostedWrite] = deque()
+        self.batch: deque[PostedWrites] = deque()
         self.pieces: deque[Step] = deque()
         self.injected_for = 0
         self._kicked = False
@@ -293,9 +293,10 @@ class ScriptedCpu:
     def has_posted(self) -> bool:
         return bool(self.batch)
 
-    def posted(self) -> Iterator[PostedWrite]:
-        while self.batch:
-            yield self.batch.popleft()
+    def posted(self) -> PostedWrites | None:
+        while self.batch and not self.batch[0].values:
+            self.batch.popleft()
+        return self.batch[0] if self.batch else None
 
     def ring_doorbells(self) -> bool:
         return False

@@ -88,7 +88,13 @@ int kvmaio_fast_has_posted(kvmaio_fast *fast)
 		       __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE);
 }
 
-int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out, int capacity)
+static int follows(const kvmaio_posted *first, const kvmaio_posted *next)
+{
+	return !first->time_ns && !next->time_ns && first->address == next->address &&
+	       first->size == next->size && first->is_pio == next->is_pio;
+}
+
+int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity)
 {
 	int taken = 0;
 	pthread_mutex_lock(&fast->lock);
@@ -96,7 +102,12 @@ int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out, int capacity)
 	if (fast->head != fast->tail)
 		__atomic_store_n(&fast->serving, 1, __ATOMIC_RELEASE);
 	for (; taken < capacity && fast->head != fast->tail; taken++) {
-		out[taken] = fast->queue[fast->tail % KVMAIO_FAST_QUEUE];
+		const kvmaio_posted *next = &fast->queue[fast->tail % KVMAIO_FAST_QUEUE];
+		if (!taken)
+			*first = *next;
+		else if (!follows(first, next))
+			break;
+		values[taken] = next->value;
 		__atomic_store_n(&fast->tail, fast->tail + 1, __ATOMIC_RELEASE);
 	}
 	if (!taken)

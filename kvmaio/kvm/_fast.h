@@ -58,9 +58,10 @@ int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_p
 /* Loop's thread. The eventfd must be non-blocking. Its index, or -ENOSPC. */
 int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
 
-/* Loop's thread. Move KVM's ring into the queue and take the oldest, at most `capacity`;
- * how many. The next call says that the devices have had these. */
-int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out, int capacity);
+/* Loop's thread. Move KVM's ring into the queue and take the oldest: those to one place that
+ * follow one another, at most `capacity`, but a stamped one alone. How many; `first` says where
+ * to and when. The next call says that the devices have had these. */
+int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity);
 
 /* Any thread; a glance. */
 int kvmaio_fast_has_posted(kvmaio_fast *fast);

@@ -62,6 +62,25 @@ void kvmaio_hub_destroy(kvmaio_hub *hub);
 
 #define KVMAIO_PIO_DATA 4096 /* KVM_PIO_PAGE_OFFSET, which the kernel keeps to itself */
 
+/* Accesses answered back to back: what else there is to do than enter again, and what the entries
+ * come to that ended with an access. */
+typedef struct kvmaio_burst {
+	int disturbed; /* something is to be looked at before the next entry */
+	int held;      /* enum kvmaio_held: why the last kvmaio_..._again did not enter */
+	int end;       /* what its entry led to, if not to an access: as kvmaio_resident_enter */
+	int noted;     /* the access due is, by `kind` */
+	uint64_t io, mmio;   /* accesses; the loop sets this and the next to 0 */
+	int64_t executed_ns; /* host time of the entries with them */
+	struct kvmaio_notes *notes; /* where answered accesses are noted, or NULL; as `kind` */
+	const struct kvmaio_note_kind *kind;
+} kvmaio_burst;
+
+enum kvmaio_held {
+	KVMAIO_NOT_HELD = 0,
+	KVMAIO_HELD = 1,	  /* by `disturbed` */
+	KVMAIO_HELD_TO_WRITE = 2, /* notes are to be written first */
+};
+
 typedef struct kvmaio_vcpu {
 	int fd;
 	struct kvm_run *page; /* the thread's between enter and arrival, else the loop's */
@@ -81,7 +100,6 @@ typedef struct kvmaio_vcpu {
 	int64_t longest_ns;  /* of a resident's run: its longest KVM_RUN */
 	int64_t left_ns;     /* CLOCK_MONOTONIC: when the loop's thread left the guest */
 	uint32_t exit_untold; /* nobody has been told of the exit since: see kvmaio_note_access */
-	int64_t burst_ns;    /* executed by the runs of kvmaio_resident_next; the loop sets it to 0 */
 
 	/* The access that ended the run, where it is one word of 1, 2, 4 or 8 bytes (a port's
 	 * at KVMAIO_PIO_DATA in the run page) and no posted write waits; else -1.
@@ -102,7 +120,6 @@ typedef struct kvmaio_vcpu {
 
 	_Atomic(struct kvmaio_resident *) resident; /* whose thread runs it; NULL: its own */
 	int resident_run;                 /* a run has begun there and not ended */
-	int burst_end;                    /* see kvmaio_resident_next */
 	int misses;                       /* its budgets in a row in which none of its exits came */
 	unsigned tries;
 
@@ -116,6 +133,7 @@ typedef struct kvmaio_vcpu {
 	kvmaio_run_timer timer; /* of its own thread */
 	int64_t entry_ns; /* a KVM_RUN that the timer ends before may have executed nothing */
 	int cycles_fd; /* counts its guest's cycles on its own thread, the owner's; or -1 */
+	kvmaio_burst burst; /* the loop's */
 } kvmaio_vcpu;
 
 /* KVM_CREATE_VCPU and its run page; no thread yet. */
@@ -207,9 +225,13 @@ int kvmaio_resident_release(kvmaio_vcpu *vcpu);
  * limit: call kvmaio_resident_wait when the loop has nothing else to do. */
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
 
-/* The same without a limit, for a caller that answers accesses back to back: the `access`
- * that ended the run, or -1, and `burst_end` tells what kvmaio_resident_enter returned. */
-int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+/* The same without a limit, behind an access that has been answered: its word, or 0 for a read, if
+ * the same access has come again. Negative otherwise, or where the word would be: if `burst.held`
+ * is 0, `access` tells what has come, and if that is -1, `burst.end`. */
+int64_t kvmaio_resident_again(kvmaio_vcpu *vcpu);
+
+/* The same for a vCPU on its own thread, which may be entered then: `access` is -1. */
+int64_t kvmaio_vcpu_again(kvmaio_vcpu *vcpu);
 
 /* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC): run the
  * guest until it exits, its limit is reached, a descriptor of the loop is ready,

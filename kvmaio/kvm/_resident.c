@@ -223,18 +223,6 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	return finish(vcpu, outcome);
 }
 
-int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu)
-{
-	vcpu->burst_end = kvmaio_resident_enter(resident, vcpu, -1);
-	if (vcpu->burst_end != KVMAIO_EXIT)
-		return -1;
-	if (vcpu->access >= 0) {
-		vcpu->burst_ns += vcpu->executed_ns;
-		vcpu->exit_untold = 1;
-	}
-	return vcpu->access;
-}
-
 /* ---- waiting --------------------------------------------------------------------
  *
  * Between the loop's poll and KVM_RUN a descriptor may become ready: only the

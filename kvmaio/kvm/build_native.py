@@ -13,7 +13,7 @@ from cffi import FFI
 
 HERE = Path(__file__).parent
 SOURCES = (
-    *("_native.c", "_resident.c", "_fast.c", "_measure.c"),
+    *("_native.c", "_resident.c", "_burst.c", "_fast.c", "_measure.c"),
     *("_run_timer.c", "_counters.c", "_notes.c", "_raw.c"),
 )
 
@@ -180,15 +180,27 @@ int kvmaio_fast_create(struct kvm_run *run_page, uint32_t ring_offset, kvmaio_fa
 void kvmaio_fast_destroy(kvmaio_fast *fast);
 int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell);
 int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
-int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *out, int capacity);
+int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity);
 int kvmaio_fast_has_posted(kvmaio_fast *fast);
 uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);
 typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } kvmaio_run_timer;
+#define KVMAIO_NOTE_NUMBERS ...
+typedef struct kvmaio_notes {
+    char *text; size_t used, room, longest; int64_t offset_ns, began_ns, due_ns;
+} kvmaio_notes;
+typedef struct kvmaio_note_kind {
+    const char *exit, *access; size_t exit_length, access_length; int64_t *left_ns; double factor;
+} kvmaio_note_kind;
+#define KVMAIO_HELD_TO_WRITE ...
+typedef struct kvmaio_burst {
+    int disturbed, held, end, noted; uint64_t io, mmio; int64_t executed_ns;
+    kvmaio_notes *notes; const kvmaio_note_kind *kind;
+} kvmaio_burst;
 typedef struct kvmaio_vcpu {
     kvmaio_run_timer timer; int64_t entry_ns;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
-    int64_t executed_ns, executed_cycles, inside_ns, left_ns, burst_ns, access;
-    int cycles_fd, burst_end; uint32_t exit_untold;
+    int64_t executed_ns, executed_cycles, inside_ns, left_ns, access;
+    int cycles_fd; uint32_t exit_untold; kvmaio_burst burst;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);
@@ -206,6 +218,7 @@ int kvmaio_vcpu_finish(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id);
 uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);
+int64_t kvmaio_vcpu_again(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
@@ -219,7 +232,7 @@ int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 int kvmaio_resident_release(kvmaio_vcpu *vcpu);
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
-int64_t kvmaio_resident_next(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
+int64_t kvmaio_resident_again(kvmaio_vcpu *vcpu);
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);
@@ -238,16 +251,8 @@ int kvmaio_raw_fetch(kvmaio_raw *raw);
 int kvmaio_raw_put_back(kvmaio_raw *raw);
 int kvmaio_measure(int kvm_fd, size_t page_size, int64_t *exit_ns, int64_t *move_ns);
 int64_t kvmaio_measure_entry(int kvm_fd, size_t page_size);
-#define KVMAIO_NOTE_NUMBERS ...
-typedef struct kvmaio_notes {
-    char *text; size_t used, room, longest; int64_t offset_ns, began_ns, due_ns;
-} kvmaio_notes;
-typedef struct kvmaio_note_kind {
-    const char *exit, *access; size_t exit_length, access_length; int64_t *left_ns; double factor;
-} kvmaio_note_kind;
 int kvmaio_note(kvmaio_notes *notes, const kvmaio_note_kind *kind, uint64_t value, int64_t left_ns,
                 int64_t executed_ns);
-int kvmaio_note_access(kvmaio_notes *notes, const kvmaio_note_kind *kind, kvmaio_vcpu *vcpu);
 """
 
 ffibuilder = FFI()

@@ -1,87 +1,65 @@
-"""Accesses of a KVM vCPU, back to back; see `kvmaio.cpu.AccessBurst`."""
+"""Accesses of a KVM vCPU, back to back; see `kvmaio.access_burst`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..access_burst import AccessBurst
 from ..cpu import EntryResult
 from ._native import ffi, lib
 
 if TYPE_CHECKING:
     from .cpu import KvmCpu
-    from .resident import Residents
 
 __all__ = ["NativeBurst", "ResidentBurst"]
 
-_WORDS = {size: f"uint{8 * size}_t *" for size in (1, 2, 4, 8)}
 
-
-class NativeBurst:
+class NativeBurst(AccessBurst):
     """Of a vCPU on its own thread: a burst is one access long, and its way back in."""
 
-    __slots__ = ("_cpu", "_handle")
+    __slots__ = ("_cpu",)
+
+    takes_notes = True
+    again = staticmethod(lib.kvmaio_vcpu_again)
 
     def __init__(self, cpu: KvmCpu) -> None:
+        super().__init__(cpu.handle, cpu.page, ffi)
         self._cpu = cpu
-        self._handle = cpu.handle
+
+    def begin(self, told: bool) -> None:
+        super().begin(told)
+        self._state.noted = 0
+        self.note_by(None)
 
     @property
-    def due(self) -> int:
-        access: int = self._handle.access
-        return access
+    def must_write(self) -> bool:
+        return bool(self._state.held == lib.KVMAIO_HELD_TO_WRITE)
 
-    def next(self) -> int:
-        return -1
-
-    def end(self) -> EntryResult | None:
-        return self._cpu.enter(None)
-
-    def is_running(self) -> bool:
-        return bool(lib.kvmaio_vcpu_is_running(self._handle))
-
-    def words(self, access: int) -> Any:
-        page = self._cpu.page
-        is_pio, size = access & 1, access >> 2 & 15
-        start = ffi.cast("uint8_t *", page) + lib.KVMAIO_PIO_DATA if is_pio else page.mmio.data
-        return ffi.cast(_WORDS[size], start)
-
-    def begins(self) -> None:
-        self._handle.exit_untold = 0
-        self._handle.left_ns = time.monotonic_ns()
-
-    def exit(self) -> tuple[int, int]:
-        handle = self._handle
-        return handle.left_ns, handle.executed_ns if handle.exit_untold else -1
-
-    def noter(self, notes: Any, kind: Any) -> Callable[[], int]:
-        return partial(lib.kvmaio_note_access, notes, kind, self._handle)
+    def note_by(self, note: Any) -> None:
+        self._state.notes, self._state.kind = note or (ffi.NULL, ffi.NULL)
 
     def take_ns(self) -> int:
-        return 0
+        taken_ns: int = self._state.executed_ns
+        self._state.executed_ns = 0
+        return taken_ns
 
     @property
     def executed_ns(self) -> int:
         return self._cpu.executed_ns
 
+    def is_running(self) -> bool:
+        return bool(lib.kvmaio_vcpu_is_running(self.handle))
+
+    def end(self) -> EntryResult | None:
+        return self._cpu.enter(None)
+
 
 class ResidentBurst(NativeBurst):
     """Of a vCPU on the loop's thread: it goes on until something else than an access comes."""
 
-    __slots__ = ("next",)
+    __slots__ = ()
 
-    def __init__(self, cpu: KvmCpu, residents: Residents) -> None:
-        super().__init__(cpu)
-        self.next = partial(  # type: ignore[method-assign]
-            lib.kvmaio_resident_next, residents.handle, cpu.handle
-        )
+    again = staticmethod(lib.kvmaio_resident_again)
 
     def end(self) -> EntryResult | None:
-        return self._cpu.burst_ended()
-
-    def take_ns(self) -> int:
-        taken_ns: int = self._handle.burst_ns
-        self._handle.burst_ns = 0
-        return taken_ns
+        return self._cpu.burst_ended(self._state.end)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
-from ..cpu import Context, CpuState, EntryResult, ModelSettings, PostedWrite
+from ..cpu import Context, CpuState, EntryResult, ModelSettings, PostedWrites
 from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from . import state
@@ -154,9 +154,9 @@ class KvmCpu:
     def burst(self) -> NativeBurst | None:
         return None if self._sync_left or self._page_has_registers else self._burst
 
-    def burst_ended(self) -> EntryResult | None:
+    def burst_ended(self, outcome: int) -> EntryResult | None:
         """How the entry ended, or None if it goes on: see `ResidentBurst`."""
-        residents, outcome = self._residents, self.handle.burst_end
+        residents = self._residents
         if outcome != _LATER:
             return self._result(outcome)
         assert residents is not None
@@ -303,7 +303,7 @@ class KvmCpu:
             self._promotion.give_up()
             return
         self._residents = residents
-        self._burst = ResidentBurst(self, residents)
+        self._burst = ResidentBurst(self)
         self._promotion.moved()
 
     def _move_out(self) -> None:
@@ -387,8 +387,8 @@ class KvmCpu:
     def has_posted(self) -> bool:
         return self.fast is not None and self.fast.has_posted()
 
-    def posted(self) -> Iterator[PostedWrite]:
-        return iter(()) if self.fast is None else self.fast.posted()
+    def posted(self) -> PostedWrites | None:
+        return None if self.fast is None else self.fast.posted()
 
     def ring_doorbells(self) -> bool:
         return self.fast is not None and self.fast.ring_doorbells()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from ..cpu import PostedWrite
+from ..cpu import PostedWrites
 from ..errors import ConfigurationError
 from ._native import ffi, lib
 from .cpu import KvmCpu
@@ -20,10 +19,8 @@ __all__ = ["FastPaths"]
 
 MOST_DOORBELLS = 32
 
-BATCH = 64
+BATCH = 256
 """Posted writes taken from C at a time."""
-
-_ENTRY = struct.Struct("<QQqI?xxx")  # kvmaio_posted
 
 
 class FastPaths:
@@ -37,8 +34,9 @@ class FastPaths:
         ring_page = vm.capability(lib.KVM_CAP_COALESCED_MMIO)
         check(lib.kvmaio_fast_create(cpus[0].page, ring_page * 4096, out), "calloc")
         self._handle = out[0]
-        self._entries = ffi.new("kvmaio_posted[]", BATCH)
-        self._taken: deque[PostedWrite] = deque()  # their devices have not had them yet
+        self._first = ffi.new("kvmaio_posted *")
+        self._values = ffi.new("uint64_t[]", BATCH)
+        self._taken: PostedWrites | None = None  # their device has not had all of them yet
         self._counts = ffi.new("uint64_t[]", MOST_DOORBELLS)
         self._cells: list[Any] = []
         self._rings: list[tuple[int, Callable[[int], None]]] = []
@@ -94,21 +92,26 @@ class FastPaths:
 
     def has_posted(self) -> bool:
         """Do writes or rings wait?"""
-        return (
-            bool(self._rings) or bool(self._taken) or bool(lib.kvmaio_fast_has_posted(self._handle))
-        )
-
-    def posted(self) -> Iterator[PostedWrite]:
-        """Take the batched writes, oldest first."""
         taken = self._taken
-        while self._handle is not None:  # a handler may outlive the machine
-            while taken:
-                yield taken.popleft()
-            count = lib.kvmaio_fast_take(self._handle, self._entries, BATCH)
+        if self._rings or (taken is not None and taken.values):
+            return True
+        return bool(lib.kvmaio_fast_has_posted(self._handle))
+
+    def posted(self) -> PostedWrites | None:
+        """The oldest batched writes; the same again while some of them are left."""
+        taken = self._taken
+        if self._handle is None:  # a handler may outlive the machine
+            return None
+        if taken is None or not taken.values:
+            first, values = self._first, self._values
+            count = lib.kvmaio_fast_take(self._handle, first, values, BATCH)
             if not count:
-                return
-            entries = ffi.buffer(self._entries, count * _ENTRY.size)
-            taken.extend(map(PostedWrite._make, _ENTRY.iter_unpack(entries)))
+                return None
+            taken = self._taken = PostedWrites(
+                *(first.address, first.size, bool(first.is_pio), first.time_ns),
+                deque(ffi.unpack(values, count)),
+            )
+        return taken
 
     def ring_doorbells(self) -> bool:
         """Deliver what the doorbells counted; was there anything?"""
@@ -132,6 +135,6 @@ class FastPaths:
                 self._loop.remove_reader(eventfd)
             os.close(eventfd)
         self._rings.clear()
-        self._taken.clear()
+        self._taken = None
         lib.kvmaio_fast_destroy(self._handle)
         self._handle = None

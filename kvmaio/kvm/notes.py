@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from ._native import ffi, lib
 
 if TYPE_CHECKING:
-    from ..cpu import AccessBurst
+    from ..access_burst import AccessBurst
 
 __all__ = ["Notes"]
 
@@ -50,17 +50,18 @@ class Notes:
         texts: tuple[bytes, bytes],
         offset_ns: int,
         factor: float,
-    ) -> Callable[[], int] | None:
-        """What is called when an access of a kind has been answered; see `kvmaio_note()`.
+    ) -> tuple[Any, Callable[[], int] | None] | None:
+        """What notes accesses of a kind; see `kvmaio_note()`.
 
         Args:
-            key: of the accesses, as `kvmaio.cpu.AccessBurst.due`.
+            key: of the accesses, as `kvmaio.access_burst.AccessBurst.due`.
             texts: the events of an exit and an access, up to what differs.
             offset_ns: of guest time from CLOCK_MONOTONIC.
             factor: guest time for executed host time.
 
         Returns:
-            None where the texts are so long that two notes would fill the room.
+            For `AccessBurst.note_by()`; or None and what to call. None alone where the texts are
+            so long that two notes would fill the room.
         """
         length = sum(map(len, texts)) + lib.KVMAIO_NOTE_NUMBERS
         if 2 * length > ROOM:
@@ -80,10 +81,10 @@ class Notes:
         )
         self._texts[kind] = exit_text, access_text
         self.handle.offset_ns = offset_ns
-        if (by_model := burst.noter(self.handle, kind)) is not None:
-            return by_model
+        if burst.takes_notes:
+            return (self.handle, kind), None
         note, handle, words, exit_of = lib.kvmaio_note, self.handle, burst.words(key), burst.exit
-        return lambda: note(handle, kind, words[0], *exit_of())
+        return None, lambda: note(handle, kind, words[0], *exit_of())
 
     def take(self, due_ns: int) -> bytes:
         """The text so far; the next is to be taken at `due_ns` (CLOCK_MONOTONIC) at the latest."""

@@ -405,15 +405,28 @@ int kvmaio_soft_go_on(kvmaio_soft *public)
 	return run_until(cpu, now + public->inline_ns);
 }
 
-int64_t kvmaio_soft_next(kvmaio_soft *public)
+int64_t kvmaio_soft_again(kvmaio_soft *public)
 {
-	public->burst_end = kvmaio_soft_enter(public, -1);
-	if (public->burst_end != KVMAIO_SOFT_EXIT || public->access < 0)
+	const struct kvm_run *page = public->page;
+	const int64_t before = public->access;
+	public->burst.held = public->burst.disturbed;
+	if (public->burst.held)
 		return -1;
+	public->burst.end = kvmaio_soft_enter(public, -1);
+	if (public->burst.end != KVMAIO_SOFT_EXIT || public->access < 0)
+		return -1;
+	const int is_pio = public->access & 1, is_write = public->access & 2;
+	int64_t word = 0;
+	*(is_pio ? &public->burst.io : &public->burst.mmio) += 1;
 	public->burst_ticks = public->ticks;
 	public->left_ns = now_ns(CLOCK_MONOTONIC);
 	public->exit_untold = 1;
-	return public->access;
+	if (public->access != before)
+		return -1;
+	if (is_write)
+		memcpy(&word, is_pio ? (const uint8_t *)page + page->io.data_offset : page->mmio.data,
+		       public->access >> 2 & 15);
+	return word;
 }
 
 int kvmaio_soft_is_running(const kvmaio_soft *public)

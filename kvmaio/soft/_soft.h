@@ -82,11 +82,16 @@ typedef struct kvmaio_soft {
 	uint64_t run_id;
 	int64_t access;       /* that the page holds: address << 6 | size << 2 | is_write << 1 | is_pio;
 	                       * -1: none, or no plain one */
-	int burst_end;        /* what the last kvmaio_soft_next() led to */
+	struct {              /* see kvmaio_soft_again() */
+		int disturbed;    /* something is to be looked at before the next entry */
+		int held;         /* the last call did not enter, because of that */
+		int end;          /* what its entry led to, if not to an access */
+		uint64_t io, mmio; /* accesses; the loop sets both to 0 */
+	} burst;
 	int64_t left_ns;      /* when that was left with an access (CLOCK_MONOTONIC), */
 	int exit_untold;      /* of which nobody has been told */
 	uint64_t began;       /* `ticks` as the last entry began, */
-	uint64_t burst_ticks; /* and as the last one by kvmaio_soft_next() ended with an access */
+	uint64_t burst_ticks; /* and as the last one by kvmaio_soft_again() ended with an access */
 	uint64_t ticks;       /* instructions executed so far; nanoseconds while not counting */
 	uint64_t tsc_offset;  /* the time stamp counter is this + its clock's periods: */
 	uint64_t clock_hz;    /* of which there are so many in a second, */
@@ -112,9 +117,9 @@ void kvmaio_soft_own_cpuid(kvmaio_soft *cpu, struct kvmaio_soft_cpuid *entry);
  * LATER: others are to have a turn; kvmaio_soft_go_on() or kvmaio_soft_hand_over() then. */
 int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
-/* kvmaio_soft_enter() without a limit: the access that the guest makes, as in `access`; else -1,
- * and `burst_end` has the outcome. */
-int64_t kvmaio_soft_next(kvmaio_soft *cpu);
+/* kvmaio_soft_enter() without a limit, behind an access that has been answered; as
+ * kvmaio_resident_again() of ../kvm/_native.h. */
+int64_t kvmaio_soft_again(kvmaio_soft *cpu);
 /* The run goes on on the CPU's own thread; `arrived_fd` tells of its end. */
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 

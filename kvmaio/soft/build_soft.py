@@ -37,7 +37,7 @@ typedef struct kvmaio_soft {
     int counting, outcome, yielded, keeps_undefined, forgets_handlers, keeps_code, undefined;
     uint64_t run_id;
     int64_t access;
-    int burst_end;
+    struct { int disturbed, held, end; uint64_t io, mmio; } burst;
     int64_t left_ns;
     int exit_untold;
     uint64_t began, burst_ticks, ticks, tsc_offset, clock_hz;
@@ -52,7 +52,7 @@ int kvmaio_soft_set_cpuid(kvmaio_soft *cpu, const struct kvmaio_soft_cpuid *entr
 void kvmaio_soft_own_cpuid(kvmaio_soft *cpu, struct kvmaio_soft_cpuid *entry);
 int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
-int64_t kvmaio_soft_next(kvmaio_soft *cpu);
+int64_t kvmaio_soft_again(kvmaio_soft *cpu);
 int kvmaio_soft_is_running(const kvmaio_soft *cpu);
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 int64_t kvmaio_soft_part(kvmaio_soft *cpu, int64_t limit);

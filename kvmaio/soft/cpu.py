@@ -10,12 +10,12 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from ..arrival import Arrival
-from ..cpu import Context, CpuState, EntryResult, ModelSettings, PostedWrite, SystemState
+from ..cpu import Context, CpuState, EntryResult, ModelSettings, PostedWrites, SystemState
 from ..dump import format_state
 from ..errors import ConfigurationError, HostError
 from ..kvm.context import context_from, store
@@ -149,10 +149,8 @@ class SoftCpu:
         return None
 
     def burst(self) -> SoftBurst | None:
-        if self.instruction_stop.until is not None:
-            return None  # its entries have a limit
-        self._burst.begin()
-        return self._burst
+        limited = self.instruction_stop.until is not None
+        return None if limited else self._burst
 
     def _go_on(self) -> None:
         if self.handle is None:
@@ -479,8 +477,8 @@ class SoftCpu:
     def has_posted(self) -> bool:
         return False
 
-    def posted(self) -> Iterator[PostedWrite]:
-        return iter(())
+    def posted(self) -> PostedWrites | None:
+        return None
 
     def ring_doorbells(self) -> bool:
         return False

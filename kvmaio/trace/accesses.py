@@ -27,16 +27,11 @@ class TracedTarget(Target):
         what: of the accesses: source, register's name, bus, address; None where the name may
             change from one to the next.
         tell: makes a record: when it began, register, is it a write, value.
-        rest_of_read: waits for a handler that has suspended, and makes the record: the rest,
-            when it began, register.
-        rest_of_write: the same, with the value.
     """
 
     inner: Target
     what: Callable[[bool], tuple[str, str | None, str, int]] | None
     tell: Callable[[int, str | None, bool, int | None], None]
-    rest_of_read: Callable[[Suspended[int], int, str | None], Awaitable[int]]
-    rest_of_write: Callable[[Suspended[None], int, str | None, int], Awaitable[None]]
 
 
 def traced_target(
@@ -119,8 +114,6 @@ def traced_target(
         target,
         what if is_fixed else None,
         tell,
-        finish_read,
-        finish_write,
     )
 
 

@@ -11,12 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
+from ..access_burst import AccessBurst
 from ..bus import Target
-from ..cpu import AccessBurst
-from ..suspension import Suspended, drive
 from .accesses import TracedTarget
 
-__all__ = ["BurstAccess", "Burstable", "WatchedTarget"]
+__all__ = ["BurstAccess", "Burstable", "Taker", "WatchedTarget"]
 
 
 @attrs.frozen
@@ -26,7 +25,7 @@ class BurstAccess:
     Attributes:
         vcpu: who makes it.
         reason: of its exits: ``IO`` or ``MMIO``.
-        key: as `kvmaio.cpu.AccessBurst.due`.
+        key: as `kvmaio.access_burst.AccessBurst.due`.
         offset_ns: of guest time from CLOCK_MONOTONIC.
         host_factor: guest time for executed host time.
     """
@@ -45,18 +44,28 @@ class BurstAccess:
     host_factor: float
 
 
+@attrs.frozen
+class Taker:
+    """What takes the accesses of one kind.
+
+    Attributes:
+        note: notes them in C; see `kvmaio.access_burst.AccessBurst.note_by()`. None: nothing does.
+        told: told when one has been answered; None: nothing is. 1: call `write()` then. -1: and
+            tell it again behind that.
+        arrived: told when the first of some in a row has come; None: nothing is.
+    """
+
+    note: Any = None
+    told: Callable[[], int] | None = None
+    arrived: Callable[[], None] | None = None
+
+
 @runtime_checkable
 class Burstable(Protocol):
     """A trace file that takes such notes."""
 
-    def taker(self, access: BurstAccess) -> Callable[[], int] | None:
-        """What is told when an access of this kind has been answered; None: records only.
-
-        1: call `write()` then. -1: and tell it again behind that.
-        """
-
-    def arrival(self, access: BurstAccess) -> Callable[[], None] | None:
-        """What is told when such an exit comes in the midst of a burst; None: nothing."""
+    def taker(self, access: BurstAccess) -> Taker | None:
+        """What takes accesses of this kind; None: records only."""
 
     def write(self) -> None:
         """Write what has been taken."""
@@ -65,13 +74,13 @@ class Burstable(Protocol):
 class WatchedTarget:
     """See `kvmaio.vcpu.states.WatchedAccess`."""
 
-    __slots__ = ("_access", "_left", "_target", "target", "told", "write", "arrived")
+    __slots__ = ("_access", "_left", "_target", "arrived", "note", "target", "told", "write")
 
     def __init__(
         self,
         target: TracedTarget,
         access: BurstAccess,
-        told: Callable[[], int],
+        taker: Taker,
         file: Burstable,
         left: Callable[[int, int], None],
     ) -> None:
@@ -79,26 +88,21 @@ class WatchedTarget:
         self._access = access
         self._left = left
         self.target: Target = target.inner
-        self.told = told
+        self.note, self.told, self.arrived = taker.note, taker.told, taker.arrived
         self.write = file.write
-        self.arrived = file.arrival(access)
 
     def failed(self, value: int | None) -> None:
-        self._target.tell(self._exit(), self._access.register, self._access.is_write, value)
+        begun_ns = self._tell_exit()
+        self._target.tell(begun_ns, self._access.register, self._access.is_write, value)
 
-    def read_goes_on(self, rest: Any) -> Any:
-        if not isinstance(rest, Suspended):  # no number, either: who takes it will say so
-            self.failed(None)
-            return rest
-        return drive(self._target.rest_of_read(rest, self._exit(), self._access.register))
+    def suspends(self) -> None:
+        self._tell_exit()
 
-    def write_goes_on(self, rest: Suspended[None], value: int) -> Any:
-        return drive(self._target.rest_of_write(rest, self._exit(), self._access.register, value))
-
-    def _exit(self) -> int:
+    def _tell_exit(self) -> int:
         """Tell of the exit, if nobody has; when it was."""
-        left_ns, executed_ns = self._access.burst.exit()
+        burst = self._access.burst
+        left_ns, executed_ns = burst.exit()
         left_ns += self._access.offset_ns
-        if executed_ns >= 0:
+        if burst.exit_told():
             self._left(left_ns, executed_ns)
         return left_ns

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..kvm.notes import Notes
-from .bursts import BurstAccess
+from .bursts import BurstAccess, Taker
 from .records import (
     AccessRecord,
     AlarmRecord,
@@ -97,7 +97,7 @@ class ChromeTrace:
         if len(records) >= MOST_UNWRITTEN or _monotonic() - self._written_at > UNWRITTEN_FOR_S:
             self.write()
 
-    def taker(self, access: BurstAccess) -> Callable[[], int] | None:
+    def taker(self, access: BurstAccess) -> Taker | None:
         """See `kvmaio.trace.bursts.Burstable`."""
         exit_prefix = self._exit_prefix(access.vcpu, access.reason)
         access_prefix = self._access_prefix(
@@ -105,12 +105,10 @@ class ChromeTrace:
             *(access.address, access.size, access.is_write),
         )
         texts = exit_prefix.encode(), access_prefix.encode()
-        return self._notes.noter(
+        noter = self._notes.noter(
             *(access.burst, access.key, access.vcpu, texts, access.offset_ns, access.host_factor)
         )
-
-    def arrival(self, access: BurstAccess) -> None:
-        """See `kvmaio.trace.bursts.Burstable`: `taker()` tells of the exits, too."""
+        return None if noter is None else Taker(*noter)
 
     def close(self) -> None:
         if not self._file.closed:

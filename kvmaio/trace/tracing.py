@@ -14,10 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
+from ..access_burst import AccessBurst
 from ..assist import Assisted
 from ..bus import Bus, Mapping, Target
 from ..clock import LoopClock
-from ..cpu import AccessBurst, EntryResult
+from ..cpu import EntryResult
 from ..decode import Reason
 from ..disassembly import instruction_name
 from ..errors import ConfigurationError
@@ -324,8 +325,8 @@ def _vcpu_hooks(
             *(burst, name, reason, *what, key >> 2 & 15, is_write, key),
             *(clock.of_loop(0), vcpu.host_factor),
         )
-        told = file.taker(access)
-        return None if told is None else WatchedTarget(target, access, told, file, left)
+        taker = file.taker(access)
+        return None if taker is None else WatchedTarget(target, access, taker, file, left)
 
     return VCpuHooks(
         left if emit_exit is not None else None,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from ..decode import Reason
 from ..errors import ConfigurationError
-from .bursts import BurstAccess
+from .bursts import BurstAccess, Taker
 from .records import AccessRecord, AlarmRecord, ExitRecord, LineRecord, Record, StallRecord
 
 if TYPE_CHECKING:
@@ -98,29 +97,22 @@ class VcdTrace:
             case _:
                 pass
 
-    def taker(self, access: BurstAccess) -> Callable[[], int]:
+    def taker(self, access: BurstAccess) -> Taker:
         """See `kvmaio.trace.bursts.Burstable`."""
         source, offset_ns = access.source, access.offset_ns
-        if not self._registers.get(source):
-            return lambda: 0
+        vcpu, number = access.vcpu, int(Reason[access.reason])
+        last_exits = self._last_exits
 
         def told() -> int:
             if not self._file.closed:
                 self._sample(source, self._at(time.monotonic_ns() + offset_ns))
             return 0
 
-        return told
-
-    def arrival(self, access: BurstAccess) -> Callable[[], None]:
-        """See `kvmaio.trace.bursts.Burstable`."""
-        vcpu, number, offset_ns = access.vcpu, int(Reason[access.reason]), access.offset_ns
-        last_exits = self._last_exits
-
         def arrived() -> None:
             if last_exits.get(vcpu) != number:
                 self._exit(vcpu, self._at(time.monotonic_ns() + offset_ns), number)
 
-        return arrived
+        return Taker(told=told if self._registers.get(source) else None, arrived=arrived)
 
     def write(self) -> None:
         """Nothing waits: pyvcd writes as it goes."""

@@ -50,7 +50,6 @@ class RestingVCpu:
     _fresh: bool
     _suspended: bool
     _closed: bool
-    disturbed: bool
     _allowed: bool
     _exit_due: bool
     _begun: bool
@@ -70,6 +69,10 @@ class RestingVCpu:
 
     def activate(self) -> None:
         """See `VCpu`."""
+        raise NotImplementedError
+
+    def disturb(self) -> None:
+        """See `BurstingVCpu`."""
         raise NotImplementedError
 
     async def finish_service(self, rest: Suspended[None]) -> None:
@@ -105,7 +108,7 @@ class RestingVCpu:
         self._draining = True
         self._drain_error = None
         self._allowed = False
-        self.disturbed = True
+        self.disturb()
         self.model.kick_run()
         self._wake.set()
 

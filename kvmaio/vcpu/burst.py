@@ -1,24 +1,26 @@
 """`BurstingVCpu`: the part of a `VCpu` that answers accesses which come back to back.
 
 It does what `Entry.begin()` and `Service.begin()` do in turn, for the case that counts: a guest
-makes a plain access, a handler answers it, and nothing else has happened. Between two entries
-there are then only the lines of `_burst()`.
+makes a plain access, a handler answers it, and nothing else has happened. Where the same access
+comes again and again there are then only the lines of an inner loop of `_answers()` between two
+entries. Each line counts, and by its number of steps: right after an exit a processor foresees no
+jump, and each of Python's steps is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from types import CoroutineType
 from typing import Any
 
+from ..access_burst import AccessBurst
 from ..bus import Bus
-from ..cpu import AccessBurst, CpuModel, EntryResult
+from ..cpu import CpuModel, EntryResult
 from ..decode import Reason
 from ..stats import CpuStatistics
-from ..suspension import Suspended, drive
+from ..suspension import Suspended, a_number, check_awaitable
 from .at_rest import RestingVCpu
 from .registers_sync import Newer
-from .states import COMPLETION, RUNNING, SERVICE, BurstWatch, VCpuOwner
+from .states import COMPLETION, RUNNING, SERVICE, BurstWatch, VCpuOwner, WatchedAccess
 
 __all__ = ["BurstingVCpu"]
 
@@ -32,11 +34,7 @@ MOST_KNOWN = 1 << 12
 
 
 class BurstingVCpu(RestingVCpu):
-    """What it needs of a `VCpu` stands first.
-
-    Attributes:
-        disturbed: something has happened that is looked at between entries: no burst goes on.
-    """
+    """What it needs of a `VCpu` stands first."""
 
     _owner: VCpuOwner
     _stats: CpuStatistics
@@ -44,14 +42,20 @@ class BurstingVCpu(RestingVCpu):
 
     def __init__(self, pio: Bus, mmio: Bus) -> None:
         super().__init__()
-        self.disturbed = False
-        self._bursting: AccessBurst | None = None  # that has more time than is booked
+        self._bursting: AccessBurst | None = None
+        self._handler_failed = False  # and not something else, between a handler and the next
         self._buses = (mmio, pio)
         self._watch: BurstWatch | None = None
-        # The key of an access -> what to do about it, in the order in which `_burst()` unpacks it.
+        self._watched: WatchedAccess | None = None  # the present access
+        # The key of an access -> what to do about it, in the order in which `_answers()` unpacks.
         self._known: dict[int, tuple[Any, ...]] = {}
-        pio.on_change(self._known.clear)
-        mmio.on_change(self._known.clear)
+        for bus in (pio, mmio):
+            bus.on_change(self._forget_known)
+
+    def disturb(self) -> None:
+        """Something has happened that is looked at between entries: no burst goes on."""
+        if self._bursting is not None:
+            self._bursting.disturb()
 
     def _possible_burst(self) -> AccessBurst | None:
         """The model's way to serve accesses back to back, if one is due and nothing else."""
@@ -77,104 +81,126 @@ class BurstingVCpu(RestingVCpu):
 
         Returns what to await then, if anything.
         """
-        registers, stats, known = self._registers, self._stats, self._known
-        following, left = burst.next, self._left
-        key, entering = burst.due, False
-        watched, entered = None, False
-        if self._watch is not None:
-            burst.begins()
-        self.disturbed = False
+        answers: Any = self._answers(burst)
+        burst.begin(told=self._left is not None)
+        self._bursting = burst
+        if self._registers.newer is not _MODEL:
+            burst.disturb()
+        self._handler_failed = False
         # Before the handler runs, which may suspend the vCPU. And not again for each access: while
         # the guest is inside, nobody looks at this or at `_exit_due`.
         self._state, self._begun = COMPLETION, True
         try:
-            while True:
-                try:
-                    is_write, handler, offset, size, words, mask, update, watched = known[key]
-                except KeyError:
-                    self._learn(burst, key)
-                    continue
-                if left is not None and entered:
-                    if watched is None:
-                        self._entry.executed(burst.executed_ns)
-                        left(_EXIT, _IO if key & 1 else _MMIO, self._entry.ticks)
-                    elif (arrived := watched.arrived) is not None:
-                        arrived()
-                if is_write:
-                    pending = handler(offset, size, words[0])
-                    if pending.__class__ is CoroutineType:  # as `drive()` does, without a call
-                        try:
-                            pending = Suspended(pending, pending.send(None))
-                        except StopIteration:
-                            pending = None
-                    elif pending is not None:
-                        pending = drive(pending)
-                    if pending.__class__ is Suspended:
-                        if watched is not None:
-                            pending = watched.write_goes_on(pending, words[0])
-                        return self._finish(_completed(pending, update))
-                    if update is not None:
-                        update()
-                else:
-                    value = handler(offset, size)
-                    if value.__class__ is CoroutineType:
-                        try:
-                            value = Suspended(value, value.send(None))
-                        except StopIteration as end:
-                            value = end.value
-                    elif not isinstance(value, int):
-                        value = drive(value)
-                    if not isinstance(value, int):
-                        if watched is not None:
-                            value = watched.read_goes_on(value)
-                        return self._finish(self._service.store(value, words, 0, mask))
-                    words[0] = value & mask
-                if watched is not None:
-                    told, watched = watched, None
-                    if full := told.told():
-                        told.write()
-                        if full < 0:
-                            told.told()
-                if self.disturbed or registers.newer is not _MODEL:
-                    break
-                entering = True
-                key = following()
-                if key < 0:
-                    break
-                entering = False
-                self._bursting = burst
-                stats.numVMExits += 1
-                if key & 1:
-                    stats.numIO += 1
-                else:
-                    stats.numMMIO += 1
-                entered = True
+            waiting_for = answers.send(None)
+        except StopIteration:
+            self._exit_due = self._begun = False
         except BaseException:
-            if watched is not None and not entering:
-                watched.failed(words[0] if is_write else None)
-            if entering:
-                self._exit_due = self._begun = False
-                if not burst.is_running():
-                    # A signal's handler has raised just as the entry ended: what came is not lost.
-                    self._end_burst(burst)
+            self._end_broken_burst(burst)
             raise
-        finally:
-            if self._bursting is not None:
-                self._book_burst()
-                self._bursting = None
-                if self._exit_due and not entering:
-                    self._service.reason = _IO if key & 1 else _MMIO
-        self._exit_due = self._begun = False
+        else:
+            burst.disturb()  # it ends there
+            self._leave_burst(burst)
+            if self._watched is not None:
+                self._watched.suspends()
+            return self._finish(Suspended(answers, waiting_for))
+        self._leave_burst(burst)
         if self._state is SERVICE:  # idle, and active again
             self._state = RUNNING
-        if key < 0 and self._entry.end_burst(burst) is None:
+        if not burst.is_held and self._entry.end_burst(burst) is None:
             return self._entry.arrival()
         return None
 
-    def _end_burst(self, burst: AccessBurst) -> None:
+    async def _answers(self, burst: AccessBurst) -> None:
+        """Answer the access due and those behind it; a step of its own only where a handler waits.
+
+        It changes no state, as it may be on its way out of a wait.
+        """
+        known, again, handle = self._known, burst.again, burst.handle
+        value: Any
+        pending: Any = None
+        while (key := burst.due) >= 0:
+            try:
+                is_write, handler, offset, size, words, mask, update, watched = known[key]
+            except KeyError:
+                self._learn(burst, key)
+                continue
+            told = None
+            self._watched = watched
+            if watched is not None:
+                told = watched.told
+                burst.note_by(watched.note)
+                if watched.arrived is not None:
+                    watched.arrived()
+            elif self._watch is not None:
+                burst.note_by(None)
+            # Whatever is raised outside of the inner `try` comes behind an entry, not a handler.
+            if is_write:
+                value = words[0]
+                while True:
+                    try:
+                        pending = handler(offset, size, value)
+                        if pending is not None:
+                            await pending
+                        if update is not None:
+                            update()
+                    except BaseException as error:
+                        self._fails(error, pending, value)
+                        raise
+                    if told is not None and (full := told()):
+                        _write_notes(watched, full)
+                    if (value := again(handle)) < 0:
+                        break
+            else:
+                value = 0
+                while True:
+                    try:
+                        value = handler(offset, size)
+                        if not isinstance(value, int):
+                            value = await value
+                        words[0] = value & mask
+                    except BaseException as error:
+                        self._fails(error, value, None)
+                        raise
+                    if told is not None and (full := told()):
+                        _write_notes(watched, full)
+                    if again(handle) < 0:
+                        break
+            while burst.must_write:
+                watched.write()
+                again(handle)
+            if burst.is_held:
+                return
+
+    def _fails(self, error: BaseException, answer: Any, value: int | None) -> None:
+        """A handler has raised; or what it gave is no answer, which is told better here."""
+        self._handler_failed = True
+        if self._watched is not None:
+            self._watched.failed(value)
+        if not isinstance(error, TypeError):
+            return
+        if value is not None and answer is not None:
+            check_awaitable(answer)
+        elif value is None and not hasattr(answer, "__await__"):
+            a_number(answer)
+
+    def _leave_burst(self, burst: AccessBurst) -> None:
         self._book_burst()
         self._bursting = None
-        self._entry.end_burst(burst)
+        if self._exit_due:
+            self._service.reason = _IO if burst.due & 1 else _MMIO
+
+    def _end_broken_burst(self, burst: AccessBurst) -> None:
+        """An exception came. What the guest has done is not lost, and not done twice."""
+        is_due = not burst.is_held and burst.due >= 0 and not burst.is_running()
+        if not is_due:
+            self._exit_due = self._begun = False
+        elif not self._handler_failed:  # a signal's handler has, just as the access came
+            self._begun = False
+            if self._state is COMPLETION:
+                self._state = SERVICE
+        self._leave_burst(burst)
+        if not (is_due or burst.is_held or burst.is_running()):
+            self._entry.end_burst(burst)
 
     def _book_burst(self) -> None:
         """Bring time and counts up to date: while accesses come, they are only added up."""
@@ -187,11 +213,14 @@ class BurstingVCpu(RestingVCpu):
         watched = None if self._watch is None else self._watch(target, key, burst)
         if watched is not None:
             target = watched.target
+        handler: Callable[..., Any] = target.write if is_write else target.read
+        if watched is None and self._left is not None:
+            handler = self._teller(handler, burst, _IO if is_pio else _MMIO)
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[key] = (
             is_write,
-            target.write if is_write else target.read,
+            handler,
             target.offset,
             size,
             burst.words(key),
@@ -200,12 +229,29 @@ class BurstingVCpu(RestingVCpu):
             watched,
         )
 
+    def _teller(
+        self, handler: Callable[..., Any], burst: AccessBurst, reason: int
+    ) -> Callable[..., Any]:
+        """`handler`, and before it somebody is told of the exit."""
+
+        def tell_and_handle(*access: int) -> Any:
+            if burst.exit_told() and self._left is not None:
+                self._entry.executed(burst.executed_ns)
+                self._left(_EXIT, reason, self._entry.ticks)
+            return handler(*access)
+
+        return tell_and_handle
+
+    def _forget_known(self) -> None:
+        self._known.clear()
+        self.disturb()
+
     def _use_model(self, model: CpuModel) -> None:
         super()._use_model(model)
         self._known.clear()  # the words are in the run page of the one before
 
 
-async def _completed(rest: Suspended[None], update: Callable[[], None] | None) -> None:
-    await rest
-    if update is not None:
-        update()
+def _write_notes(watched: WatchedAccess, full: int) -> None:
+    watched.write()
+    if full < 0 and watched.told is not None:  # there was no room for this one
+        watched.told()

@@ -9,7 +9,8 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from ..cpu import AccessBurst, CpuModel, EntryResult
+from ..access_burst import AccessBurst
+from ..cpu import CpuModel, EntryResult
 from ..errors import ConfigurationError
 from ..stats import CpuStatistics
 from .instruction_events import InstructionEvents
@@ -183,7 +184,12 @@ class Entry:
     def book_burst(self, burst: AccessBurst) -> None:
         """Book what its entries that ended with accesses have executed and is not booked yet."""
         self.executed(burst.executed_ns)
-        self.stats.numCycles += burst.take_ns() * self._milli_cycles_per_us // 1_000_000
+        stats = self.stats
+        ports, mmio = burst.take_counts()
+        stats.numVMExits += ports + mmio
+        stats.numIO += ports
+        stats.numMMIO += mmio
+        stats.numCycles += burst.take_ns() * self._milli_cycles_per_us // 1_000_000
         if self._counts:
             self._book_instructions()
 

@@ -7,6 +7,7 @@ that they are never both set. Here one value says it, so that both cannot be.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 from ..cpu import SEGMENTS, TABLES, Context, CpuModel
@@ -44,6 +45,8 @@ class SyncedContext:
         self._edited: set[str] = set()
         """What was written while an access was pending, by name, such as ``cs.base``."""
         self.newer = Newer.CONTEXT
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `newer` has become anything but MODEL."""
         self.locked: str | None = None
         """Why the registers cannot be looked at now, or None."""
         self.access_pending = False
@@ -59,6 +62,7 @@ class SyncedContext:
         if self.newer is Newer.MODEL:
             self._fetch()
             self.newer = Newer.NEITHER
+            self.on_change()
         return self._context
 
     def check_accessible(self) -> None:
@@ -85,12 +89,14 @@ class SyncedContext:
             self._apply(edits)
         self._model.write_context(self._context)
         self.newer = Newer.NEITHER
+        self.on_change()
 
     def replace(self, context: Context) -> None:
         """Take over the values of `context`, whatever the model has; no access may be pending."""
         self._edited.clear()
         self._apply(_flat(context))
         self.newer = Newer.CONTEXT
+        self.on_change()
 
     def taken(self, context: Context) -> None:
         """The model has been given all of `context`."""
@@ -98,6 +104,7 @@ class SyncedContext:
         self._apply(_flat(context))
         self.newer = Newer.NEITHER
         self.access_pending = False
+        self.on_change()
 
     def use_model(self, model: CpuModel) -> None:
         """Another model takes over; it has been given the registers."""

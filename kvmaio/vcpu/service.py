@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..assist import Assist, Assisted, NotAssisted
 from ..bus import Bus
+from ..cpu import PostedWrites
 from ..decode import Reason
 from ..disassembly import instruction_name
 from ..dump import format_context
@@ -118,18 +119,30 @@ class Service:
         """
         served = self._stats.numCoalescedMMIO
         async with lock:
-            for address, value, time_ns, size, is_pio in self._vcpu.model.posted():
-                self._stats.numCoalescedMMIO += 1
-                bus = self._pio if is_pio else self._mmio
-                if time_ns:
-                    await bus.write_stamped(address, size, value, time_ns)
+            while (writes := self._vcpu.model.posted()) is not None:
+                bus = self._pio if writes.is_pio else self._mmio
+                if writes.time_ns:
+                    self._stats.numCoalescedMMIO += 1
+                    value = writes.values.popleft()
+                    await bus.write_stamped(writes.address, writes.size, value, writes.time_ns)
                 else:
-                    pending = bus.begin_write(address, size, value)
-                    if pending is not None:
-                        await pending
+                    await self._serve_posted(bus, writes)
             if rung := self._vcpu.model.ring_doorbells():
                 await asyncio.sleep(0)  # the device's task hears of it before what comes next
         return rung or self._stats.numCoalescedMMIO != served
+
+    async def _serve_posted(self, bus: Bus, writes: PostedWrites) -> None:
+        size, values, stats = writes.size, writes.values, self._stats
+        target = bus.resolve(writes.address, size)
+        write, offset, update, changes = target.write, target.offset, target.update, bus.changes
+        while values and bus.changes == changes:
+            value = values.popleft()
+            stats.numCoalescedMMIO += 1
+            pending = write(offset, size, value)
+            if pending is not None:
+                await pending
+            if update is not None:
+                update()
 
     async def posted_first(self, lock: asyncio.Lock) -> None:
         """Serve the batched writes that came before the exit, then the exit."""

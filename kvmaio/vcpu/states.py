@@ -13,10 +13,9 @@ from ..cpu import EntryResult
 from ..exits import Outcome
 
 if TYPE_CHECKING:
+    from ..access_burst import AccessBurst
     from ..assist import Assisted
     from ..bus import Target
-    from ..cpu import AccessBurst
-    from ..suspension import Suspended
     from .vcpu import VCpu
 
 __all__ = [
@@ -59,11 +58,15 @@ class WatchedAccess(Protocol):
 
     @property
     def arrived(self) -> Callable[[], None] | None:
-        """The exit has come, in the midst of a burst; nothing is called where it is None."""
+        """The first of some in a row has come; nothing is called where it is None."""
 
     @property
-    def told(self) -> Callable[[], int]:
-        """The access has been answered: its data are in the run page.
+    def note(self) -> Any:
+        """What notes in C that one has been answered, see `AccessBurst.note_by()`; or None."""
+
+    @property
+    def told(self) -> Callable[[], int] | None:
+        """Called when one has been answered, its data being in the run page, unless it is None.
 
         1: call `write()`. -1: and this again behind that, as there was no room.
         """
@@ -75,11 +78,8 @@ class WatchedAccess(Protocol):
     def failed(self, value: int | None) -> None:
         """The handler has raised; None is a read."""
 
-    def read_goes_on(self, rest: Any) -> Any:
-        """The handler has suspended; gives what to wait for instead of `rest`."""
-
-    def write_goes_on(self, rest: Suspended[None], value: int) -> Any:
-        """The handler has suspended; gives what to wait for instead of `rest`."""
+    def suspends(self) -> None:
+        """The handler waits: other things may happen before the access has been answered."""
 
 
 BurstWatch = Callable[["Target", int, "AccessBurst"], WatchedAccess | None]

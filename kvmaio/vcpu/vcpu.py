@@ -143,6 +143,7 @@ class VCpu(BurstingVCpu):
             on_end=self._entered,
         )
         self._registers = self._entry.registers
+        self._registers.on_change = self.disturb
         self.interrupts = self._entry.interrupts
         self._fresh = True  # never activated since reset
         self._suspended = False
@@ -335,7 +336,7 @@ class VCpu(BurstingVCpu):
         if events is None:
             stop = instruction_stop(self.model)
             events = self._entry.events = InstructionEvents(stop, self.stats, fresh=self._fresh)
-            self.disturbed = True
+            self.disturb()
         return events
 
     def init(self) -> None:
@@ -419,7 +420,7 @@ class VCpu(BurstingVCpu):
     def forbid(self) -> None:
         """Have the run loop rest as soon as it can; see `left()`."""
         self._allowed = False
-        self.disturbed = True
+        self.disturb()
         self.model.kick_run()
 
     async def left(self) -> None:
@@ -511,7 +512,7 @@ class VCpu(BurstingVCpu):
         """
         self._left, self._watch = hooks.left, hooks.bursts
         self._known.clear()
-        self.disturbed = True
+        self.disturb()
         self._entry.on_injection = hooks.injected
         self._service.on_assist = hooks.assisted
         self.__dict__.pop("finish_service", None)
@@ -567,7 +568,7 @@ class VCpu(BurstingVCpu):
 
     def attend(self) -> None:
         """Something is to be delivered: wake a halted guest, interrupt a running one."""
-        self.disturbed = True
+        self.disturb()
         if self._closed:
             return  # a device's timer may outlive the machine
         if self.halted and self._state is IDLE:
@@ -773,7 +774,7 @@ class VCpu(BurstingVCpu):
 
     def _become_idle(self) -> None:
         self._state = IDLE
-        self.disturbed = True
+        self.disturb()
         self._idle_since_ns = self._clock.now_ns
 
     def _must_be_outside(self, what: str) -> None:

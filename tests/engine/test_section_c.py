@@ -1,6 +1,7 @@
 """gem5's KVM CPU, section C: exits, a test per row."""
 
 import asyncio
+from collections import deque
 
 import pytest
 
@@ -17,7 +18,7 @@ from kvmaio import (
     VCpuState,
     current_vcpu,
 )
-from kvmaio.cpu import PostedWrite
+from kvmaio.cpu import PostedWrites
 from kvmaio.decode import Reason
 from kvmaio.devices import PciConfigPorts, PseudoOpWindow
 from kvmaio.exits import (
@@ -594,7 +595,8 @@ async def test_coalesced_writes_then_the_exit_when_a_handler_suspends(monkeypatc
             states.append(machine.vcpus[0].state)
 
     def batch_then_exit(cpu):
-        cpu.batch.extend(PostedWrite(MMIO, n, 0, 4, False) for n in (1, 2, 3))
+        cpu.batch.append(PostedWrites(MMIO, 4, False, 0, deque((1, 2))))
+        cpu.batch.append(PostedWrites(MMIO, 4, False, 0, deque((3,))))
         return mmio_write(MMIO, 4, 4)(cpu)
 
     async with scripted_machine(monkeypatch, ScriptedCpu(batch_then_exit, halt())) as machine:

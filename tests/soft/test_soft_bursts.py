@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from kvmaio import Device, Exited, Machine, Stopped, current_vcpu
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
-from kvmaio.soft import burst as soft_burst
 from kvmaio.soft import cpu as soft_cpu
+from kvmaio.soft._soft import lib
+from kvmaio.soft.burst import SoftBurst
 from kvmaio.soft.cpu import SoftCpu
 from kvmaio.vcpu import VCpu
 from kvmaio.watchpoints import WatchHit, WatchKind, Watchpoint
@@ -145,14 +146,12 @@ def test_devices_statistics_and_guest_see_the_same(program, acts):
 def test_bursts_are_what_answers_plain_accesses(monkeypatch):
     keys = []
 
-    def noted(function, *arguments):
-        def following():
-            keys.append(function(*arguments))
-            return keys[-1]
+    def noted(handle):
+        word = lib.kvmaio_soft_again(handle)
+        keys.append(handle.access)
+        return word
 
-        return following
-
-    monkeypatch.setattr(soft_burst, "partial", noted)
+    monkeypatch.setattr(SoftBurst, "again", staticmethod(noted))
     monkeypatch.setattr(soft_cpu, "TURN_NS", 1 << 62)  # the first instructions take their time
     asyncio.run(ran((OUT + LOAD) * 3 + END, Diary()))
     out, load = PORT << 6 | 1 << 2 | 3, AT << 6 | 1 << 2
@@ -349,16 +348,13 @@ async def test_an_exception_as_the_guest_comes_out_loses_nothing(monkeypatch, co
     monkeypatch.setattr(soft_cpu, "TURN_NS", turn_ns)
     strikes = iter([False] * 20 + [True] + [False] * 3 + [True] * 2 + [False] * 50 + [True] * 3)
 
-    def struck(function: Callable[..., int], *arguments: object) -> Callable[[], int]:
-        def following() -> int:
-            access = function(*arguments)
-            if next(strikes, False):
-                raise Struck
-            return access
+    def again(handle: Any) -> int:
+        word: int = lib.kvmaio_soft_again(handle)
+        if next(strikes, False):
+            raise Struck
+        return word
 
-        return following
-
-    monkeypatch.setattr(soft_burst, "partial", struck)
+    monkeypatch.setattr(SoftBurst, "again", staticmethod(again))
 
     class Numbers(Diary):
         def read(self, offset: int, size: int) -> int:
