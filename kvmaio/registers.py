@@ -259,11 +259,11 @@ class SharedRegister(Register[T]):
 
     def store(self, device: object, value: Any) -> None:
         device.__dict__[self.name] = value
-        cell = device.__dict__.get(self._CELLS, {}).get(self.name)
-        if cell is not None:
+        for cell in device.__dict__.get(self._CELLS, {}).get(self.name, ()):
             cell[0] = int(value) & self.mask
 
     def use_cell(self, device: object, cell: Any) -> None:
-        """Keep `cell`, an array of one 64-bit word, at the register's value from now on."""
-        device.__dict__.setdefault(self._CELLS, {})[self.name] = cell
+        """Keep `cell`, an array of one 64-bit word, at the register's value from now on; one for
+        each window of the device."""
+        device.__dict__.setdefault(self._CELLS, {}).setdefault(self.name, []).append(cell)
         self.store(device, device.__dict__[self.name])

@@ -9,14 +9,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmaio import ConfigurationError, Device, Halted, Machine, Register, SharedRegister
+from kvmaio import (
+    ConfigurationError,
+    Device,
+    EndRun,
+    Halted,
+    Machine,
+    Register,
+    SharedRegister,
+    Stopped,
+)
 from kvmaio.boot import Flat
+from kvmaio.kvm import promotion
 from kvmaio.testing import BusDriver
 from tests.engine.support import LAB, deadline, until
 
 pytestmark = pytest.mark.kvm
 
 BASE = 0x300
+WINDOW = 0xA300  # of MMIO: above the 32 KiB of RAM, and within reach of 16-bit addresses
 POSTED, TIMED, BELL, SHARED, PLAIN = range(5)
 REGISTERS = {"posted": POSTED, "timed": TIMED, "bell": BELL, "plain": PLAIN}
 RESULTS = 0x6000  # where the guest keeps what it read
@@ -65,49 +76,71 @@ class Recorder(Device):
             self.log.append(("bell", rings))
 
 
-def out(register: int, value: int) -> bytes:
-    """mov dx, BASE + register; mov al, value; out dx, al"""
+def out(register: int, value: int, *, mmio: bool = False) -> bytes:
+    """mov al, value; and mov dx, BASE + register; out dx, al; or mov [WINDOW + register], al"""
+    if mmio:
+        return bytes((0xB0, value, 0xA2)) + (WINDOW + register).to_bytes(2, "little")
     return b"\xba" + (BASE + register).to_bytes(2, "little") + bytes((0xB0, value, 0xEE))
 
 
-def read_and_keep(register: int, address: int) -> bytes:
-    """mov dx, BASE + register; in al, dx; mov [address], al"""
-    port = (BASE + register).to_bytes(2, "little")
-    return b"\xba" + port + b"\xec\xa2" + address.to_bytes(2, "little")
+def read_and_keep(register: int, address: int, *, mmio: bool = False) -> bytes:
+    """mov dx, BASE + register; in al, dx; or mov al, [WINDOW + register]; mov [address], al"""
+    keep = b"\xa2" + address.to_bytes(2, "little")
+    if mmio:
+        return b"\xa0" + (WINDOW + register).to_bytes(2, "little") + keep
+    return b"\xba" + (BASE + register).to_bytes(2, "little") + b"\xec" + keep
 
 
 async def run_guest(code: bytes) -> tuple[Recorder, bytes, Machine]:
-    async with Machine() as machine:
-        device = machine.attach(Recorder(), pio=BASE)
+    async with Machine(memory="32K") as machine:
+        device = machine.attach(Recorder(), pio=BASE, mmio=WINDOW)
         machine.load(Flat(code, address=0x1000))
         async with deadline(20):
             assert await machine.run() == Halted()
         return device, machine.memory.read(RESULTS, 256), machine
 
 
-OPERATIONS = st.lists(
-    st.tuples(
-        st.sampled_from(["posted", "timed", "plain", "bell", "read", "read shared"]),
-        st.integers(0, 254),
-    ),
-    max_size=60,
+WRITES = ("posted", "timed", "plain")
+
+
+def operations(*kinds: str) -> st.SearchStrategy[list[tuple[str, int, bool]]]:
+    """Kind, value, and is it MMIO?"""
+    return st.lists(
+        st.tuples(st.sampled_from(kinds), st.integers(0, 0xFD), st.booleans()), max_size=60
+    )
+
+
+@pytest.fixture(params=["on its own thread", "resident"])
+def place(request, monkeypatch):
+    """Where the vCPUs run: at which exit a resident one moves to the loop's thread."""
+    exits = 1 if request.param == "resident" else 1 << 30
+    for name, value in (("OFTEN_EXITS", exits), ("OFTEN_WITHIN_NS", 1 << 62)):
+        monkeypatch.setattr(promotion, name, value)
+    return request.param
+
+
+property_test = settings(
+    max_examples=5 if LAB else 80,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
-@settings(max_examples=5 if LAB else 80, suppress_health_check=[HealthCheck.too_slow])
-@given(OPERATIONS)
-def test_nothing_is_reordered(operations):
+@pytest.mark.parametrize("kinds", [(*WRITES, "bell"), WRITES], ids=["bells", "no bells"])
+@property_test
+@given(data=st.data())
+def test_nothing_is_reordered(place, kinds, data):
     """Random interleavings: the device sees the guest's program order."""
+    program = data.draw(operations(*kinds, "read", "read shared"))
     code = b""
     expected_reads: list[int] = []
     last = 0xFF
-    for kind, value in operations:
+    for kind, value, mmio in program:
         if kind in ("read", "read shared"):
             register = PLAIN if kind == "read" else SHARED
-            code += read_and_keep(register, RESULTS + len(expected_reads))
+            code += read_and_keep(register, RESULTS + len(expected_reads), mmio=mmio)
             expected_reads.append(last)
         else:
-            code += out(REGISTERS[kind], value)
+            code += out(REGISTERS[kind], value, mmio=mmio)
             last = last if kind == "bell" else value
 
     device, results, _ = asyncio.run(run_guest(code + HLT))
@@ -116,24 +149,71 @@ def test_nothing_is_reordered(operations):
     assert list(results[: len(expected_reads)]) == expected_reads
     # Accesses with a value: all of them, in program order.
     reads = iter(expected_reads)
-    program = []
-    for kind, value in operations:
+    expected = []
+    for kind, value, _ in program:
         if kind == "read":
-            program.append(("read", next(reads)))
+            expected.append(("read", next(reads)))
         elif kind == "read shared":
             next(reads)
         elif kind != "bell":
-            program.append((kind, value))
-    assert [entry for entry in device.log if entry[0] != "bell"] == program
-    check_bells(operations, device.log)
+            expected.append((kind, value))
+    assert [entry for entry in device.log if entry[0] != "bell"] == expected
+    check_bells([kind for kind, *_ in program], device.log)
     assert device.times == sorted(device.times)
 
 
-def check_bells(operations, log):
+class Pair(Recorder):
+    """Two vCPUs write to it; each ends with END or one more."""
+
+    END = 0xFE
+    ended = 0
+
+    def _take(self, kind: str, value: int) -> None:
+        if value < self.END:
+            super()._take(kind, value)
+            return
+        self.ended += 1
+        if self.ended == 2:
+            raise EndRun(Stopped("both have ended"))
+
+
+async def run_two(codes: list[bytes]) -> Pair:
+    async with Machine(memory="32K", vcpus=2) as machine:
+        device = machine.attach(Pair(), pio=BASE, mmio=WINDOW)
+        machine.load(Flat(codes[0], address=0x1000))
+        machine.memory.write(0x4000, codes[1])
+        machine.vcpus[1].init()
+        machine.vcpus[1].start_up(4)
+        async with deadline(20):
+            assert await machine.run() == Stopped("both have ended")
+        return device
+
+
+@property_test
+@given(programs=st.tuples(operations(*WRITES), operations(*WRITES)))
+def test_nothing_of_a_vcpu_is_reordered_beside_another(place, programs):
+    """The two are told apart by the lowest bit of what they write."""
+    marked = [
+        [(kind, value & 0xFE | number, mmio) for kind, value, mmio in program]
+        for number, program in enumerate(programs)
+    ]
+    codes = [
+        b"".join(out(REGISTERS[kind], value, mmio=mmio) for kind, value, mmio in program)
+        + out(PLAIN, Pair.END | number)
+        + HLT
+        for number, program in enumerate(marked)
+    ]
+    device = asyncio.run(run_two(codes))
+    for number, program in enumerate(marked):
+        seen = [entry for entry in device.log if entry[1] & 1 == number]
+        assert seen == [(kind, value) for kind, value, _ in program]
+
+
+def check_bells(kinds, log):
     """A ring may come late and merged, but not early, and not behind a later plain access."""
     rung_before = []  # for each access with a value: rings before it in the program
     rung = 0
-    for kind, _ in operations:
+    for kind in kinds:
         if kind == "bell":
             rung += 1
         elif kind != "read shared":
