@@ -10,6 +10,7 @@ jump, and each of Python's steps is one.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from inspect import iscoroutinefunction
 from typing import Any
 
 from ..access_burst import AccessBurst
@@ -120,7 +121,7 @@ class BurstingVCpu(RestingVCpu):
         pending: Any = None
         while (key := burst.due) >= 0:
             try:
-                is_write, handler, offset, size, words, mask, update, watched = known[key]
+                is_write, handler, awaits, offset, size, words, watched = known[key]
             except KeyError:
                 self._learn(burst, key)
                 continue
@@ -138,11 +139,10 @@ class BurstingVCpu(RestingVCpu):
                 value = words[0]
                 while True:
                     try:
-                        pending = handler(offset, size, value)
-                        if pending is not None:
+                        if awaits:
+                            await handler(offset, size, value)
+                        elif (pending := handler(offset, size, value)) is not None:
                             await pending
-                        if update is not None:
-                            update()
                     except BaseException as error:
                         self._fails(error, pending, value)
                         raise
@@ -154,10 +154,14 @@ class BurstingVCpu(RestingVCpu):
                 value = 0
                 while True:
                     try:
-                        value = handler(offset, size)
-                        if not isinstance(value, int):
+                        if awaits:
+                            value = await handler(offset, size)
+                        elif not isinstance(value := handler(offset, size), int):
                             value = await value
-                        words[0] = value & mask
+                        try:
+                            words[0] = value
+                        except OverflowError:
+                            words[0] = value & ((1 << 8 * size) - 1)
                     except BaseException as error:
                         self._fails(error, value, None)
                         raise
@@ -214,6 +218,8 @@ class BurstingVCpu(RestingVCpu):
         if watched is not None:
             target = watched.target
         handler: Callable[..., Any] = target.write if is_write else target.read
+        if is_write and target.update is not None:
+            handler = _updating(handler, target.update)
         if watched is None and self._left is not None:
             handler = self._teller(handler, burst, _IO if is_pio else _MMIO)
         if len(self._known) >= MOST_KNOWN:
@@ -221,11 +227,10 @@ class BurstingVCpu(RestingVCpu):
         self._known[key] = (
             is_write,
             handler,
+            iscoroutinefunction(handler),  # a step of Python's fewer
             target.offset,
             size,
             burst.words(key),
-            (1 << 8 * size) - 1,
-            target.update if is_write else None,
             watched,
         )
 
@@ -249,6 +254,24 @@ class BurstingVCpu(RestingVCpu):
     def _use_model(self, model: CpuModel) -> None:
         super()._use_model(model)
         self._known.clear()  # the words are in the run page of the one before
+
+
+def _updating(write: Callable[..., Any], update: Callable[[], None]) -> Callable[..., Any]:
+    """`write`, and `update` behind it."""
+
+    async def waits(pending: Awaitable[None]) -> None:
+        await pending
+        update()
+
+    def write_and_update(*access: int) -> Any:
+        pending = write(*access)
+        if pending is not None:
+            check_awaitable(pending)
+            return waits(pending)
+        update()
+        return None
+
+    return write_and_update
 
 
 def _write_notes(watched: WatchedAccess, full: int) -> None:
