@@ -322,6 +322,9 @@ class CpuModel(Protocol):
     def has_posted(self) -> bool:
         """Were writes batched, or may doorbells have rung, before the present exit?"""
 
+    def posted_count(self) -> int:
+        """How many writes wait."""
+
     def posted(self) -> PostedWrites | None:
         """The oldest of these writes; the same again while some of them are left."""
 

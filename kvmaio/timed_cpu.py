@@ -262,6 +262,9 @@ class TimedCpu:
     def has_posted(self) -> bool:
         return self.model.has_posted()
 
+    def posted_count(self) -> int:
+        return self.model.posted_count()
+
     def posted(self) -> PostedWrites | None:
         """The model's; its times are by the host's clock, and become guest time."""
         writes = self.model.posted()

@@ -293,6 +293,9 @@ class ScriptedCpu:
     def has_posted(self) -> bool:
         return bool(self.batch)
 
+    def posted_count(self) -> int:
+        return sum(len(writes.values) for writes in self.batch)
+
     def posted(self) -> PostedWrites | None:
         while self.batch and not self.batch[0].values:
             self.batch.popleft()

@@ -75,17 +75,20 @@ static void move_ring(kvmaio_fast *fast)
 	}
 }
 
-static int ring_is_empty(kvmaio_fast *fast)
+static uint32_t ring_count(kvmaio_fast *fast)
 {
-	return !fast->ring ||
-	       fast->ring->first == __atomic_load_n(&fast->ring->last, __ATOMIC_ACQUIRE);
+	const struct kvm_coalesced_mmio_ring *ring = fast->ring;
+	if (!ring)
+		return 0;
+	const uint32_t first = __atomic_load_n(&ring->first, __ATOMIC_ACQUIRE);
+	const uint32_t last = __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
+	return (last + fast->ring_length - first) % fast->ring_length;
 }
 
-int kvmaio_fast_has_posted(kvmaio_fast *fast)
+int kvmaio_fast_waiting(kvmaio_fast *fast)
 {
-	return !ring_is_empty(fast) ||
-	       __atomic_load_n(&fast->tail, __ATOMIC_ACQUIRE) !=
-		       __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE);
+	const uint32_t tail = __atomic_load_n(&fast->tail, __ATOMIC_ACQUIRE);
+	return (int)(ring_count(fast) + __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE) - tail);
 }
 
 static int follows(const kvmaio_posted *first, const kvmaio_posted *next)
@@ -151,7 +154,7 @@ static int queue_write(kvmaio_fast *fast, kvmaio_fast_entry *entry, const void *
 	pthread_mutex_lock(&fast->lock);
 	move_ring(fast);
 	/* Full: then it is an ordinary exit, before which Python empties the queue. */
-	if (!queue_is_full(fast) && ring_is_empty(fast)) {
+	if (!queue_is_full(fast) && !ring_count(fast)) {
 		queue_push(fast, write);
 		queued = 1;
 	}
@@ -163,7 +166,7 @@ static int answer_read(kvmaio_fast *fast, kvmaio_fast_entry *entry, void *data)
 {
 	/* A write that waits, or that its device is just having, may be about to change the
 	 * cell. In this order: `serving` is set before the queue is seen to be empty. */
-	if (kvmaio_fast_has_posted(fast) || __atomic_load_n(&fast->serving, __ATOMIC_ACQUIRE))
+	if (kvmaio_fast_waiting(fast) || __atomic_load_n(&fast->serving, __ATOMIC_ACQUIRE))
 		return 0;
 	uint64_t value = __atomic_load_n(entry->cell, __ATOMIC_ACQUIRE);
 	memcpy(data, &value, entry->size);

@@ -63,8 +63,8 @@ int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
  * to and when. The next call says that the devices have had these. */
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity);
 
-/* Any thread; a glance. */
-int kvmaio_fast_has_posted(kvmaio_fast *fast);
+/* Any thread; a glance: how many posted writes wait. */
+int kvmaio_fast_waiting(kvmaio_fast *fast);
 
 /* Loop's thread. Bit i of the result: doorbell i has rung; counts[i] times. */
 uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);

@@ -30,7 +30,7 @@ static inline int64_t access_of(const kvmaio_vcpu *vcpu, int outcome)
 	uint64_t address;
 	uint32_t size;
 	int is_write, is_pio = page->exit_reason == KVM_EXIT_IO;
-	if (outcome != KVMAIO_EXIT || (vcpu->fast && kvmaio_fast_has_posted(vcpu->fast)))
+	if (outcome != KVMAIO_EXIT || (vcpu->fast && kvmaio_fast_waiting(vcpu->fast)))
 		return -1;
 	if (is_pio && page->io.count == 1 && page->io.data_offset == KVMAIO_PIO_DATA) {
 		address = page->io.port;

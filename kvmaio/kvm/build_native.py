@@ -181,7 +181,7 @@ void kvmaio_fast_destroy(kvmaio_fast *fast);
 int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell);
 int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity);
-int kvmaio_fast_has_posted(kvmaio_fast *fast);
+int kvmaio_fast_waiting(kvmaio_fast *fast);
 uint32_t kvmaio_fast_rung(kvmaio_fast *fast, uint64_t *counts);
 typedef struct kvmaio_run_timer { int counter_fd; uint64_t counter_khz; ...; } kvmaio_run_timer;
 #define KVMAIO_NOTE_NUMBERS ...

@@ -387,6 +387,9 @@ class KvmCpu:
     def has_posted(self) -> bool:
         return self.fast is not None and self.fast.has_posted()
 
+    def posted_count(self) -> int:
+        return 0 if self.fast is None else self.fast.posted_count()
+
     def posted(self) -> PostedWrites | None:
         return None if self.fast is None else self.fast.posted()
 

@@ -92,10 +92,12 @@ class FastPaths:
 
     def has_posted(self) -> bool:
         """Do writes or rings wait?"""
-        taken = self._taken
-        if self._rings or (taken is not None and taken.values):
-            return True
-        return bool(lib.kvmaio_fast_has_posted(self._handle))
+        return bool(self._rings) or self.posted_count() > 0
+
+    def posted_count(self) -> int:
+        """How many writes wait."""
+        taken = 0 if self._taken is None else len(self._taken.values)
+        return taken + lib.kvmaio_fast_waiting(self._handle)
 
     def posted(self) -> PostedWrites | None:
         """The oldest batched writes; the same again while some of them are left."""

@@ -477,6 +477,9 @@ class SoftCpu:
     def has_posted(self) -> bool:
         return False
 
+    def posted_count(self) -> int:
+        return 0
+
     def posted(self) -> PostedWrites | None:
         return None
 

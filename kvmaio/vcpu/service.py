@@ -111,15 +111,22 @@ class Service:
             return self._serve_mmio()
         return self._others.get(reason, self._unexpected)()
 
-    async def flush(self, lock: asyncio.Lock) -> bool:
+    async def flush(self, lock: asyncio.Lock, most: int | None = None) -> bool:
         """Serve the batched writes in order and undisturbed, then the doorbells; were there any?
 
         A doorbell means that there is something to look at: it must not come
         before the writes that put it there; that it may come late is its nature.
+
+        Args:
+            most: stop behind so many writes, about: a guest that goes on makes others meanwhile,
+                and each of those would be taken by itself. None where there may be doorbells.
         """
-        served = self._stats.numCoalescedMMIO
+        served = 0
         async with lock:
-            while (writes := self._vcpu.model.posted()) is not None:
+            while most is None or served < most:
+                if (writes := self._vcpu.model.posted()) is None:
+                    break
+                served += len(writes.values)
                 bus = self._pio if writes.is_pio else self._mmio
                 if writes.time_ns:
                     self._stats.numCoalescedMMIO += 1
@@ -129,7 +136,7 @@ class Service:
                     await self._serve_posted(bus, writes)
             if rung := self._vcpu.model.ring_doorbells():
                 await asyncio.sleep(0)  # the device's task hears of it before what comes next
-        return rung or self._stats.numCoalescedMMIO != served
+        return rung or served > 0
 
     async def _serve_posted(self, bus: Bus, writes: PostedWrites) -> None:
         size, values, stats = writes.size, writes.values, self._stats

@@ -503,7 +503,11 @@ class VCpu(BurstingVCpu):
 
     async def flush_posted(self) -> bool:
         """Serve batched writes and doorbells while no exit comes; were there any?"""
-        return self.model.has_posted() and await self._service.flush(self._owner.posted_lock)
+        if not self.model.has_posted():
+            return False
+        owner = self._owner
+        most = None if owner.has_doorbells else self.model.posted_count()
+        return await self._service.flush(owner.posted_lock, most)
 
     def hook(self, hooks: VCpuHooks) -> None:
         """Call `hooks` from now on, and none of those before.
