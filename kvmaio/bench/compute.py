@@ -20,6 +20,9 @@ from .harness import Bench, Gate, Row, Sample, figure
 
 __all__ = ["measure"]
 
+WARM_UP_EXITS = 120
+"""Enough for a vCPU to find its place."""
+
 TICK_NS = 1_000_000
 TIMER_PORT = PORT + 0x100
 COMPUTE_EXIT_NS = 1_200_000
@@ -42,7 +45,7 @@ async def _against_raw(bench: Bench, name: str, exit_ns: int, fraction: float | 
     exits = bench.exits(exit_ns)
     async with Raw.opened(guest) as raw, storming(guest) as storm:
         raw.run(max(exits // 4, 5))
-        await storm.run(exits)
+        await storm.run(max(exits, WARM_UP_EXITS))
         samples = await bench.interleaved(
             lambda: raw.run(max(exits // 2, 5)), {name: lambda: storm.run(exits)}
         )

@@ -100,6 +100,7 @@ static int enter_at(kvmaio_vcpu *vcpu, int half, enum clocks clocks, int64_t sta
 	vcpu->left_ns = clock_ns(CLOCK_MONOTONIC);
 	int64_t inside_ns = vcpu->left_ns - started_ns;
 	vcpu->inside_ns += inside_ns;
+	vcpu->total_ns += inside_ns;
 	if (inside_ns > vcpu->longest_ns)
 		vcpu->longest_ns = inside_ns;
 	vcpu->executed_ns +=

@@ -199,7 +199,7 @@ typedef struct kvmaio_burst {
 typedef struct kvmaio_vcpu {
     kvmaio_run_timer timer; int64_t entry_ns;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
-    int64_t executed_ns, executed_cycles, inside_ns, left_ns, access;
+    int64_t executed_ns, executed_cycles, inside_ns, total_ns, left_ns, access;
     int cycles_fd; uint32_t exit_untold; kvmaio_burst burst;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;

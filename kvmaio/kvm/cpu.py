@@ -164,6 +164,11 @@ class KvmCpu:
         residents.park(self)
         return None
 
+    @property
+    def is_inside(self) -> bool:
+        """Is a run under way?"""
+        return self._inside
+
     async def left(self) -> EntryResult:
         while self._inside:
             await self._arrival
@@ -270,7 +275,10 @@ class KvmCpu:
         """Called between waits on the loop's thread: a quiet guest moves back out."""
         residents = self._residents
         assert residents is not None
-        if self._promotion.is_quiet(self.handle.inside_ns, residents.count):
+        promotion, handle = self._promotion, self.handle
+        if promotion.is_quiet(handle.inside_ns, residents.count) or promotion.loses_here(
+            handle.total_ns, self._is_alone
+        ):
             self._move_out()
 
     def _may_move_in(self) -> bool:
@@ -280,9 +288,12 @@ class KvmCpu:
             return False
         # Beside a local APIC of KVM's, a guest that halts waits within KVM: that is no work.
         worked_ns = None if self.has_lapic else handle.executed_ns
-        if not promotion.exits_often(handle.inside_ns, worked_ns, hub.sharers):
+        if not promotion.exits_often(handle.inside_ns, worked_ns, hub.sharers, self._is_alone):
             return False
         return has_room or promotion.storms
+
+    def _is_alone(self) -> bool:
+        return not self._hub.has_others_inside(self)
 
     def _choose_thread(self, limit_ns: int) -> None:
         """Runs of some time, one after the other and of this vCPU alone, are steps."""

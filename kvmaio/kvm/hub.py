@@ -89,6 +89,10 @@ class Hub:
         """How many vCPUs the loop has."""
         return len(self._cpus)
 
+    def has_others_inside(self, cpu: KvmCpu) -> bool:
+        """Are other vCPUs of the loop in their guests, as far as one can see from `cpu`?"""
+        return any(other.is_inside and other is not cpu for other in self._cpus.values())
+
     @property
     def waits_for_guests(self) -> bool:
         """Is a guest's run on the loop's thread the loop's own wait, not a slice between two?"""

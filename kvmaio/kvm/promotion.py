@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Lock
 from typing import Self
 
@@ -80,6 +81,14 @@ would take longer than it does itself ..."""
 STORM_EXIT_NS = 60_000
 """... if they also come this fast, all who share the loop taken together: a loop that serves many
 on their own threads gets to each of them only now and then."""
+LOST_SHARE = 10
+"""Where no other vCPU of the loop runs, and more than this part of the time is lost to the changes
+of threads, it is better off on the loop's thread, however slowly its exits come ..."""
+BUSY_WINDOW_NS = 50_000_000
+BUSY_SHARE = 2
+BUSY_FOR_NS = 1_000_000_000
+"""... unless the loop turns out to be busy with other things, so that for so long the guest gets
+less than this part of the time. It is then left alone for a while."""
 STEP_NS = 5_000_000
 OFTEN_STEPS = 10
 """So many runs in a row that a timer ends, none of them longer, are steps: two changes of threads
@@ -99,7 +108,7 @@ MOVE_EVERY_NS = 200_000_000
 class Promotion:
     """The policy for one vCPU: it moves in when it exits often, and out when it hardly does.
 
-    Or when it runs alone, in steps.
+    Or when it runs alone, in steps, or so that changes of threads take much of its time.
 
     The first move in comes at once, and so does the first one out. After these,
     moves are for hosts on which they are cheap, and even there at most one
@@ -112,17 +121,21 @@ class Promotion:
 
     __slots__ = (
         "_busy_ns",
+        "_company_moves_out",
         "_costs",
         "_count",
         "_is_impossible",
         "_last_move_ns",
         "_late",
         "_left_ns",
+        "_not_before_ns",
         "_since_ns",
         "_slow_exit_ns",
         "_step_began_ns",
         "_step_limit_ns",
         "_steps",
+        "_window_ns",
+        "_window_total_ns",
         "_worked_ns",
         "moves",
         "storms",
@@ -137,6 +150,9 @@ class Promotion:
         self._is_impossible = False
         # In a row, while it is negative: so many are still to pass without a look at them.
         self._steps = self._late = 0
+        self._company_moves_out = False  # it is on the loop's thread only as it is alone
+        self._window_ns, self._window_total_ns = 0, -1  # since when it is looked at how it fares
+        self._not_before_ns = 0
         self._step_began_ns = self._step_limit_ns = 0
         self._since_ns = 0
         self._left_ns = 0
@@ -148,7 +164,13 @@ class Promotion:
         """The guest was left; now its exit is served, until it is entered again."""
         self._left_ns = time.monotonic_ns()
 
-    def exits_often(self, inside_ns: int, worked_ns: int | None = None, sharers: int = 1) -> bool:
+    def exits_often(
+        self,
+        inside_ns: int,
+        worked_ns: int | None = None,
+        sharers: int = 1,
+        is_alone: Callable[[], bool] | None = None,
+    ) -> bool:
         """Called once per entry on the native thread: should it move in?
 
         The time in the guest and that of its devices count. What the changes of threads
@@ -159,6 +181,8 @@ class Promotion:
             worked_ns: how much of that the guest was executed; None if that is unknown. The rest
                 it has waited, for a processor or within KVM.
             sharers: how many vCPUs the loop has.
+            is_alone: is no other of them in its guest? One that is alone may also move in for
+                what the changes of threads take.
         """
         now_ns = time.monotonic_ns()
         if not self._count:
@@ -177,8 +201,43 @@ class Promotion:
             self._worked_ns * USUAL_EXIT_NS < STORM_WITHIN_NS * self._slow_exit_ns
             and (now_ns - self._since_ns) * USUAL_EXIT_NS < most_ns * self._slow_exit_ns
         )
+        wall_ns = now_ns - self._since_ns
+        loses = (
+            is_alone is not None
+            and self._costs.moves_are_cheap
+            and (wall_ns - self._busy_ns) * LOST_SHARE > wall_ns
+            and now_ns > self._not_before_ns
+            and is_alone()
+        )
         self._count = self._busy_ns = self._worked_ns = 0
-        return (often or self.storms) and self._may_move(now_ns)
+        if not (often or self.storms or loses) or not self._may_move(now_ns):
+            return False
+        self._company_moves_out = not (often or self.storms)
+        self._window_ns, self._window_total_ns = now_ns, -1
+        return True
+
+    def loses_here(self, total_ns: int, is_alone: Callable[[], bool]) -> bool:
+        """Called between waits on the loop's thread: should it move out?
+
+        If it is there for what it would lose elsewhere, and is not alone any more, or the loop
+        has so much else to do that it loses more here.
+
+        Args:
+            total_ns: how long it has been in its guest on the loop's thread, ever.
+            is_alone: as of `exits_often()`.
+        """
+        if not self._company_moves_out:
+            return False
+        now_ns = time.monotonic_ns()
+        wall_ns, is_busy = now_ns - self._window_ns, False
+        if wall_ns > BUSY_WINDOW_NS:
+            is_busy = (total_ns - self._window_total_ns) * BUSY_SHARE < wall_ns
+            is_busy = is_busy and self._window_total_ns >= 0
+            self._window_ns, self._window_total_ns = now_ns, total_ns
+        if (not is_busy and is_alone()) or not self._may_move(now_ns):
+            return False
+        self._not_before_ns = now_ns + BUSY_FOR_NS
+        return True
 
     def steps(self, limit_ns: int, timed_out: bool) -> bool:
         """Called once per entry with a limit, on the native thread: should it move in?
@@ -189,7 +248,10 @@ class Promotion:
         """
         self._steps = self._steps + 1 if timed_out and limit_ns <= STEP_NS else min(self._steps, 0)
         self._late = 0
-        return self._is_stepped() and self._may_move(self._step_begins(limit_ns))
+        if not self._is_stepped() or not self._may_move(self._step_begins(limit_ns)):
+            return False
+        self._company_moves_out = False
+        return True
 
     def stepped_enough(self, limit_ns: int, alone: bool) -> bool:
         """Called once per entry with a limit, on the loop's thread: should it move out?
