@@ -325,8 +325,11 @@ class CpuModel(Protocol):
     def posted_count(self) -> int:
         """How many writes wait."""
 
-    def posted(self) -> PostedWrites | None:
-        """The oldest of these writes; the same again while some of them are left."""
+    def posted(self, most: int | None) -> PostedWrites | None:
+        """The oldest of these writes, `most` of them; the same again while some of those are left.
+
+        None: there are no others, or no more were wanted; all that were given have been served.
+        """
 
     def ring_doorbells(self) -> bool:
         """Deliver the doorbells that rang; did any?"""

@@ -112,6 +112,9 @@ class DeclaredPaths:
         self._platform = platform
         self._ring_doorbells = ring_doorbells
         for declared in self._declared:
+            if isinstance(declared.register, SharedRegister):
+                declared.register.forget_cells(declared.device)  # another platform's
+        for declared in self._declared:
             self._take(platform, declared)
 
     def flush_soon(self) -> None:

@@ -262,6 +262,10 @@ class SharedRegister(Register[T]):
         for cell in device.__dict__.get(self._CELLS, {}).get(self.name, ()):
             cell[0] = int(value) & self.mask
 
+    def forget_cells(self, device: object) -> None:
+        """Take back all `use_cell()`."""
+        device.__dict__.get(self._CELLS, {}).pop(self.name, None)
+
     def use_cell(self, device: object, cell: Any) -> None:
         """Keep `cell`, an array of one 64-bit word, at the register's value from now on; one for
         each window of the device."""

@@ -265,9 +265,9 @@ class TimedCpu:
     def posted_count(self) -> int:
         return self.model.posted_count()
 
-    def posted(self) -> PostedWrites | None:
+    def posted(self, most: int | None) -> PostedWrites | None:
         """The model's; its times are by the host's clock, and become guest time."""
-        writes = self.model.posted()
+        writes = self.model.posted(most)
         if writes is None or not writes.time_ns:
             return writes
         return attrs.evolve(writes, time_ns=self._guest_time(writes.time_ns))

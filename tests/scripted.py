@@ -296,7 +296,7 @@ class ScriptedCpu:
     def posted_count(self) -> int:
         return sum(len(writes.values) for writes in self.batch)
 
-    def posted(self) -> PostedWrites | None:
+    def posted(self, most: int | None) -> PostedWrites | None:
         while self.batch and not self.batch[0].values:
             self.batch.popleft()
         return self.batch[0] if self.batch else None

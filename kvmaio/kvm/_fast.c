@@ -87,8 +87,10 @@ static uint32_t ring_count(kvmaio_fast *fast)
 
 int kvmaio_fast_waiting(kvmaio_fast *fast)
 {
+	/* In this order: what moves from the ring to the queue meanwhile counts at least once. */
 	const uint32_t tail = __atomic_load_n(&fast->tail, __ATOMIC_ACQUIRE);
-	return (int)(ring_count(fast) + __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE) - tail);
+	const uint32_t in_ring = ring_count(fast);
+	return (int)(in_ring + __atomic_load_n(&fast->head, __ATOMIC_ACQUIRE) - tail);
 }
 
 static int follows(const kvmaio_posted *first, const kvmaio_posted *next)
@@ -102,7 +104,7 @@ int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, 
 	int taken = 0;
 	pthread_mutex_lock(&fast->lock);
 	move_ring(fast);
-	if (fast->head != fast->tail)
+	if (capacity && fast->head != fast->tail)
 		__atomic_store_n(&fast->serving, 1, __ATOMIC_RELEASE);
 	for (; taken < capacity && fast->head != fast->tail; taken++) {
 		const kvmaio_posted *next = &fast->queue[fast->tail % KVMAIO_FAST_QUEUE];

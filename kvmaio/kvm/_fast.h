@@ -60,7 +60,7 @@ int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
 
 /* Loop's thread. Move KVM's ring into the queue and take the oldest: those to one place that
  * follow one another, at most `capacity`, but a stamped one alone. How many; `first` says where
- * to and when. The next call says that the devices have had these. */
+ * to and when. The next call, which may be for none, says that the devices have had these. */
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity);
 
 /* Any thread; a glance: how many posted writes wait. */

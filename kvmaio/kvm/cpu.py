@@ -401,8 +401,8 @@ class KvmCpu:
     def posted_count(self) -> int:
         return 0 if self.fast is None else self.fast.posted_count()
 
-    def posted(self) -> PostedWrites | None:
-        return None if self.fast is None else self.fast.posted()
+    def posted(self, most: int | None) -> PostedWrites | None:
+        return None if self.fast is None else self.fast.posted(most)
 
     def ring_doorbells(self) -> bool:
         return self.fast is not None and self.fast.ring_doorbells()

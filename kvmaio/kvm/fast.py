@@ -99,14 +99,15 @@ class FastPaths:
         taken = 0 if self._taken is None else len(self._taken.values)
         return taken + lib.kvmaio_fast_waiting(self._handle)
 
-    def posted(self) -> PostedWrites | None:
-        """The oldest batched writes; the same again while some of them are left."""
+    def posted(self, most: int | None) -> PostedWrites | None:
+        """See `kvmaio.cpu.CpuModel`."""
         taken = self._taken
         if self._handle is None:  # a handler may outlive the machine
             return None
         if taken is None or not taken.values:
             first, values = self._first, self._values
-            count = lib.kvmaio_fast_take(self._handle, first, values, BATCH)
+            wanted = BATCH if most is None else min(most, BATCH)
+            count = lib.kvmaio_fast_take(self._handle, first, values, wanted)
             if not count:
                 return None
             taken = self._taken = PostedWrites(

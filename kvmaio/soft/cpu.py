@@ -480,7 +480,7 @@ class SoftCpu:
     def posted_count(self) -> int:
         return 0
 
-    def posted(self) -> PostedWrites | None:
+    def posted(self, most: int | None) -> PostedWrites | None:
         return None
 
     def ring_doorbells(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from inspect import iscoroutinefunction
+from threading import get_ident
 from typing import Any
 
 from ..access_burst import AccessBurst
@@ -44,6 +45,7 @@ class BurstingVCpu(RestingVCpu):
     def __init__(self, pio: Bus, mmio: Bus) -> None:
         super().__init__()
         self._bursting: AccessBurst | None = None
+        self._burst_thread = 0
         self._handler_failed = False  # and not something else, between a handler and the next
         self._buses = (mmio, pio)
         self._watch: BurstWatch | None = None
@@ -84,14 +86,15 @@ class BurstingVCpu(RestingVCpu):
         """
         answers: Any = self._answers(burst)
         burst.begin(told=self._left is not None)
-        self._bursting = burst
-        if self._registers.newer is not _MODEL:
-            burst.disturb()
         self._handler_failed = False
-        # Before the handler runs, which may suspend the vCPU. And not again for each access: while
-        # the guest is inside, nobody looks at this or at `_exit_due`.
-        self._state, self._begun = COMPLETION, True
+        self._burst_thread = get_ident()
         try:
+            self._bursting = burst
+            if self._registers.newer is not _MODEL:
+                burst.disturb()
+            # Before the handler runs, which may suspend the vCPU. And not again for each access:
+            # while the guest is inside, nobody looks at this or at `_exit_due`.
+            self._state, self._begun = COMPLETION, True
             waiting_for = answers.send(None)
         except StopIteration:
             self._exit_due = self._begun = False
@@ -141,8 +144,12 @@ class BurstingVCpu(RestingVCpu):
                     try:
                         if awaits:
                             await handler(offset, size, value)
+                            if self._closed:
+                                return  # meanwhile: the handler has taken its time
                         elif (pending := handler(offset, size, value)) is not None:
                             await pending
+                            if self._closed:
+                                return
                     except BaseException as error:
                         self._fails(error, pending, value)
                         raise
@@ -156,8 +163,12 @@ class BurstingVCpu(RestingVCpu):
                     try:
                         if awaits:
                             value = await handler(offset, size)
+                            if self._closed:
+                                return
                         elif not isinstance(value := handler(offset, size), int):
                             value = await value
+                            if self._closed:
+                                return
                         try:
                             words[0] = value
                         except OverflowError:
@@ -178,7 +189,7 @@ class BurstingVCpu(RestingVCpu):
     def _fails(self, error: BaseException, answer: Any, value: int | None) -> None:
         """A handler has raised; or what it gave is no answer, which is told better here."""
         self._handler_failed = True
-        if self._watched is not None:
+        if self._watched is not None and not self._closed:
             self._watched.failed(value)
         if not isinstance(error, TypeError):
             return
@@ -188,8 +199,10 @@ class BurstingVCpu(RestingVCpu):
             a_number(answer)
 
     def _leave_burst(self, burst: AccessBurst) -> None:
-        self._book_burst()
-        self._bursting = None
+        try:
+            self._book_burst()
+        finally:
+            self._bursting = None
         if self._exit_due:
             self._service.reason = _IO if burst.due & 1 else _MMIO
 
@@ -207,8 +220,11 @@ class BurstingVCpu(RestingVCpu):
             self._entry.end_burst(burst)
 
     def _book_burst(self) -> None:
-        """Bring time and counts up to date: while accesses come, they are only added up."""
-        if (burst := self._bursting) is not None:
+        """Bring time and counts up to date: while accesses come, they are only added up.
+
+        By the thread that adds them up; who looks from another one sees them a little later.
+        """
+        if (burst := self._bursting) is not None and self._burst_thread == get_ident():
             self._entry.book_burst(burst)
 
     def _learn(self, burst: AccessBurst, key: int) -> None:

@@ -118,15 +118,16 @@ class Service:
         before the writes that put it there; that it may come late is its nature.
 
         Args:
-            most: stop behind so many writes, about: a guest that goes on makes others meanwhile,
-                and each of those would be taken by itself. None where there may be doorbells.
+            most: stop behind so many writes: a guest that goes on makes others meanwhile, and each
+                of those would be taken by itself. None where there may be doorbells.
         """
         served = 0
         async with lock:
-            while most is None or served < most:
-                if (writes := self._vcpu.model.posted()) is None:
+            while True:
+                left = None if most is None else max(most - served, 0)
+                if (writes := self._vcpu.model.posted(left)) is None:
                     break
-                served += len(writes.values)
+                waiting = len(writes.values)
                 bus = self._pio if writes.is_pio else self._mmio
                 if writes.time_ns:
                     self._stats.numCoalescedMMIO += 1
@@ -134,6 +135,7 @@ class Service:
                     await bus.write_stamped(writes.address, writes.size, value, writes.time_ns)
                 else:
                     await self._serve_posted(bus, writes)
+                served += waiting - len(writes.values)
             if rung := self._vcpu.model.ring_doorbells():
                 await asyncio.sleep(0)  # the device's task hears of it before what comes next
         return rung or served > 0

@@ -167,7 +167,7 @@ class VCpu(BurstingVCpu):
 
     @property
     def stats(self) -> CpuStatistics:
-        """Counters under gem5's names."""
+        """Counters under gem5's names, as of now; look here again for later ones."""
         if self._bursting is not None:
             self._book_burst()
         return self._stats

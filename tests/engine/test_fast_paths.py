@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -328,3 +329,68 @@ async def test_an_irqfd_needs_kvms_interrupt_controller():
     async with Machine() as machine:
         with pytest.raises(ConfigurationError, match='irqchip="kernel"'):
             machine.irqfd(4)
+
+
+FLAG = 0x5000
+WAIT = b"\x80\x3e\x00\x50\x00\x74\xf9"
+"""again: cmp byte [FLAG], 0; je again"""
+
+
+class NoBell(Device):
+    """Where there are no doorbells, a flush beside a running guest takes what waits, no more."""
+
+    posted = Register(POSTED, int, posted=True)
+    last = SharedRegister(SHARED, int, reset=0xFF)
+    then: Callable[[], object] | None = None
+
+    def __init__(self) -> None:
+        self.log: list[int] = []
+
+    @posted.on_write
+    def write_posted(self, value: int) -> None:
+        self.log.append(value)
+        self.last = value
+        if self.then is not None and len(self.log) == 1:
+            self.then()
+
+
+async def test_shared_reads_come_from_the_cell_again_behind_a_flush_without_an_exit():
+    """A posted write, which is served while the guest computes; then 2000 reads."""
+    reads = b"\xba" + (BASE + SHARED).to_bytes(2, "little") + b"\xb9\xd0\x07\xec\xe2\xfd"
+    async with Machine() as machine:
+        device = machine.attach(NoBell(), pio=BASE)
+        machine.load(Flat(out(POSTED, 7) + WAIT + reads + HLT, address=0x1000))
+        async with deadline(20):
+            run = asyncio.create_task(machine.run())
+            await until(lambda: device.log)
+            machine.memory.write(FLAG, b"\x01")
+            assert await run == Halted()
+        assert device.log == [7]
+        assert machine.vcpus[0].stats.numIO < 10
+
+
+async def test_a_flush_goes_on_though_a_handler_has_changed_the_bus():
+    async with Machine() as machine:
+        device = machine.attach(NoBell(), pio=BASE)
+        device.then = lambda: machine.attach(NoBell(), pio=BASE + 0x100)
+        code = b"".join(out(POSTED, value) for value in range(20)) + b"\xeb\xfe"
+        machine.load(Flat(code, address=0x1000))
+        async with deadline(20):
+            run = asyncio.create_task(machine.run())
+            await until(lambda: device.log)
+            assert machine.vcpus[0].model.posted_count() == 0
+            machine.stop()
+            await run
+        assert device.log == list(range(20))
+
+
+@pytest.mark.soft
+async def test_a_shared_register_has_a_cell_for_each_window_and_no_others():
+    async with Machine(cpu="kvm") as machine:
+        device = machine.attach(Recorder(), pio=BASE, mmio=0xD000_0000)
+        machine.load(Flat(HLT, address=0x1000))
+        async with deadline(20):
+            await machine.run()
+            for cpu in ("soft", "kvm", "soft", "kvm"):
+                await machine.switch_cpu(cpu)
+        assert len(vars(device)[SharedRegister._CELLS]["last"]) == 2

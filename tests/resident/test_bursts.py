@@ -3,12 +3,23 @@
 import asyncio
 import contextlib
 import json
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmaio import Device, EndRun, Exited, Machine, Register, Stopped, VCpuState, current_vcpu
+from kvmaio import (
+    Device,
+    EndRun,
+    Exited,
+    Machine,
+    Register,
+    Stopped,
+    VCpuState,
+    current_vcpu,
+    tasks,
+)
 from kvmaio.boot import Flat
 from kvmaio.bus import Target
 from kvmaio.devices import DebugExit
@@ -440,3 +451,84 @@ class Words(Device):
 async def test_a_read_handler_that_gives_no_number_is_told_so(at_once):
     with pytest.raises(TypeError, match="handler gave 'five'"):
         await ran(IN * 12 + END, Words())
+
+
+class Late(Device):
+    """Takes its time, also to be cancelled."""
+
+    size = 1
+
+    def __init__(self):
+        self.began, self.ends, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def read(self, offset, size):
+        self.began.set()
+        while not self.ends.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.ends.wait()
+        self.ended.set()
+        return 0x42
+
+    async def write(self, offset, size, value):
+        await self.read(offset, size)
+
+
+@pytest.mark.parametrize("cpu", ["kvm", pytest.param("soft", marks=pytest.mark.soft)])
+@pytest.mark.parametrize("code", [IN, OUT], ids=["in", "out"])
+@pytest.mark.parametrize("traced", [False, True], ids=["plain", "traced"])
+async def test_a_handler_that_answers_after_close_answers_nobody(
+    monkeypatch, at_once, tmp_path, cpu, code, traced
+):
+    monkeypatch.setattr(tasks, "SETTLE_LIMIT_S", 0.05)
+    async with asyncio.timeout(20 * PATIENCE):
+        machine = await Machine(memory="32K", cpu=cpu).__aenter__()
+        device = machine.attach(Late(), pio=PORT)
+        machine.load(Flat(code * 4 + END, 0x1000))
+        if traced:
+            machine.trace(tmp_path / "run.json")
+        run = asyncio.ensure_future(machine.run())
+        await device.began.wait()
+        run.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await run
+        await machine.close()
+        device.ends.set()
+        await device.ended.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+async def test_statistics_read_by_another_thread_are_booked_once(at_once):
+    over = threading.Event()
+    machines: list[Machine] = []
+
+    def look():
+        while not over.is_set():
+            for machine in machines:
+                for _ in range(8):
+                    assert machine.vcpus[0].stats.numIO >= 0
+            over.wait(0.0005)
+
+    count = 2_000 if PATIENCE > 1 else 50_000
+    # mov cx, count; again: out 0x10, al; loop again
+    code = b"\xb9" + count.to_bytes(2, "little") + OUT + b"\xe2\xfc" + END
+    thread = threading.Thread(target=look)
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        machine.attach(Quiet(), pio=PORT)
+        machine.attach(DebugExit(), pio=EXIT)
+        machine.load(Flat(code, 0x1000))
+        machines.append(machine)
+        thread.start()
+        try:
+            assert isinstance(await machine.run(), Exited)
+        finally:
+            over.set()
+            thread.join()
+        assert machine.vcpus[0].stats.numIO == count + 1
+
+
+class Quiet(Device):
+    size = 1
+
+    def write(self, offset, size, value):
+        pass
