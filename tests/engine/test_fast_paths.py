@@ -19,6 +19,7 @@ from kvmaio import (
     Register,
     SharedRegister,
     Stopped,
+    declared_paths,
 )
 from kvmaio.boot import Flat
 from kvmaio.kvm import promotion
@@ -369,16 +370,20 @@ async def test_shared_reads_come_from_the_cell_again_behind_a_flush_without_an_e
         assert machine.vcpus[0].stats.numIO < 10
 
 
-async def test_a_flush_goes_on_though_a_handler_has_changed_the_bus():
+async def test_a_flush_goes_on_though_a_handler_has_changed_the_bus(monkeypatch):
+    monkeypatch.setattr(declared_paths, "FLUSH_S", 3600)
     async with Machine() as machine:
         device = machine.attach(NoBell(), pio=BASE)
         device.then = lambda: machine.attach(NoBell(), pio=BASE + 0x100)
         code = b"".join(out(POSTED, value) for value in range(20)) + b"\xeb\xfe"
         machine.load(Flat(code, address=0x1000))
+        (vcpu,) = machine.vcpus
         async with deadline(20):
             run = asyncio.create_task(machine.run())
-            await until(lambda: device.log)
-            assert machine.vcpus[0].model.posted_count() == 0
+            await until(lambda: vcpu.model.posted_count() == 20)
+            assert await vcpu.flush_posted()
+            assert device.log == list(range(20))
+            assert vcpu.model.posted_count() == 0
             machine.stop()
             await run
         assert device.log == list(range(20))
