@@ -52,7 +52,7 @@ from .harness import Bench, OtherLoad, Row
 
 __all__ = ["FAMILIES", "LOOPS", "Family", "Report", "measure"]
 
-ROUNDS = 7
+ROUNDS = 15
 QUICK_ROUNDS = 2
 FAMILY_LIMIT_S = 120.0
 """A family that takes longer has hung."""

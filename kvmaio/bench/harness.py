@@ -150,7 +150,7 @@ class Bench:
     @property
     def row_limit_s(self) -> float:
         """After this time for each variant, no further round begins."""
-        return 0.3 if self.quick else 1.5
+        return 0.3 if self.quick else 0.2 * self.rounds
 
     @property
     def sample_s(self) -> float:

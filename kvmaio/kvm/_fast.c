@@ -24,12 +24,13 @@ void kvmaio_fast_destroy(kvmaio_fast *fast)
 	free(fast);
 }
 
-int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell)
+int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell,
+		    int stamped)
 {
 	uint32_t count = fast->entries;
 	if (count == KVMAIO_FAST_ENTRIES)
 		return -ENOSPC;
-	fast->entry[count] = (kvmaio_fast_entry){ address, size, is_pio, cell };
+	fast->entry[count] = (kvmaio_fast_entry){ address, size, is_pio, cell, stamped };
 	__atomic_store_n(&fast->entries, count + 1, __ATOMIC_RELEASE);
 	return 0;
 }
@@ -150,7 +151,7 @@ static int queue_write(kvmaio_fast *fast, kvmaio_fast_entry *entry, const void *
 	kvmaio_posted write = { .address = entry->address,
 				.size = entry->size,
 				.is_pio = entry->is_pio,
-				.time_ns = clock_ns(CLOCK_MONOTONIC) };
+				.time_ns = entry->stamped ? clock_ns(CLOCK_MONOTONIC) : 0 };
 	int queued = 0;
 	memcpy(&write.value, data, entry->size);
 	pthread_mutex_lock(&fast->lock);

@@ -1,7 +1,8 @@
 /* The declared fast paths of one VM: accesses that no Python answers.
  *
- *   posted write   KVM batches it in its ring (no exit), or, where its time
- *                  matters, C takes it off an exit and stamps it
+ *   posted write   KVM batches it in its ring (no exit). Where that is full, C
+ *                  empties it into the queue; where the write's time matters,
+ *                  each is an exit that C takes off, stamped
  *   shared read    C answers it from a cell that the device keeps up to date
  *   doorbell       KVM counts it in an eventfd (no exit)
  *
@@ -17,7 +18,7 @@
 
 #define KVMAIO_FAST_ENTRIES 64
 #define KVMAIO_FAST_DOORBELLS 32
-#define KVMAIO_FAST_QUEUE 512 /* a power of two */
+#define KVMAIO_FAST_QUEUE 1024 /* a power of two; six of KVM's rings */
 
 typedef struct kvmaio_posted {
 	uint64_t address, value;
@@ -28,7 +29,8 @@ typedef struct kvmaio_posted {
 typedef struct kvmaio_fast_entry {
 	uint64_t address;
 	uint32_t size, is_pio;
-	uint64_t *cell; /* NULL: a timed posted write */
+	uint64_t *cell; /* NULL: a posted write */
+	int stamped;    /* with its time */
 } kvmaio_fast_entry;
 
 typedef struct kvmaio_fast {
@@ -51,9 +53,10 @@ int kvmaio_fast_create(struct kvm_run *run_page, uint32_t ring_offset, kvmaio_fa
 /* No vCPU of the VM may be running any more. */
 void kvmaio_fast_destroy(kvmaio_fast *fast);
 
-/* Loop's thread, also while vCPUs run. `cell` NULL: take and stamp writes there;
- * else answer reads from it. -ENOSPC: the table is full. */
-int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell);
+/* Loop's thread, also while vCPUs run. `cell` NULL: take writes there, and stamp them
+ * if they are to be `stamped`; else answer reads from it. -ENOSPC: the table is full. */
+int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell,
+		    int stamped);
 
 /* Loop's thread. The eventfd must be non-blocking. Its index, or -ENOSPC. */
 int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);

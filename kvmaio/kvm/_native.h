@@ -97,7 +97,6 @@ typedef struct kvmaio_vcpu {
 	int64_t executed_ns; /* host CPU time */
 	int64_t executed_cycles; /* what cycles_fd counted meanwhile; -1: unknown */
 	int64_t inside_ns;   /* time in KVM_RUN, halted or not */
-	int64_t total_ns;    /* the same of all runs on a loop's thread */
 	int64_t longest_ns;  /* of a resident's run: its longest KVM_RUN */
 	int64_t left_ns;     /* CLOCK_MONOTONIC: when the loop's thread left the guest */
 	uint32_t exit_untold; /* nobody has been told of the exit since: see kvmaio_note_access */
@@ -187,9 +186,8 @@ void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
 typedef struct kvmaio_resident {
 	kvmaio_hub *hub;
 	_Atomic pid_t tid; /* the thread that runs the loop, at whom kicks are aimed */
-	pthread_t thread;  /* the same */
 	timer_t timer;
-	int64_t timer_ns;  /* when it fires, or fired */
+	int64_t timer_ns; /* when it fires, or fired */
 
 	int64_t budget_ns;     /* exits are answered back to back for so long */
 	int64_t budget_end_ns; /* of the present budget; 0: none */

@@ -100,7 +100,6 @@ static int enter_at(kvmaio_vcpu *vcpu, int half, enum clocks clocks, int64_t sta
 	vcpu->left_ns = clock_ns(CLOCK_MONOTONIC);
 	int64_t inside_ns = vcpu->left_ns - started_ns;
 	vcpu->inside_ns += inside_ns;
-	vcpu->total_ns += inside_ns;
 	if (inside_ns > vcpu->longest_ns)
 		vcpu->longest_ns = inside_ns;
 	vcpu->executed_ns +=
@@ -162,10 +161,13 @@ static void grant_budget(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t n
 	}
 }
 
+/* Of a thread that runs a loop, or has done; any other's is 0. */
+static _Thread_local pid_t own_tid __attribute__((tls_model("initial-exec")));
+
 /* A loop may be stopped and go on in another thread: kicks and the timer follow it. */
 static int follow_thread(kvmaio_resident *resident)
 {
-	pid_t tid = (pid_t)syscall(SYS_gettid);
+	pid_t tid = own_tid = (pid_t)syscall(SYS_gettid);
 	sigset_t kick;
 	timer_t timer;
 
@@ -183,7 +185,6 @@ static int follow_thread(kvmaio_resident *resident)
 	resident->timer = timer;
 	resident->timer_ns = 0;
 	resident->budget_end_ns = 0;
-	resident->thread = pthread_self();
 	/* Before any look at `kicked`: who still reads the old id has written that already. */
 	atomic_store(&resident->tid, tid);
 	return 0;
@@ -208,7 +209,7 @@ int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t 
 	}
 	/* Others that have left their guests are served first. */
 	if (!resident->budget_end_ns || limit_ns > 0 || atomic_load(&resident->hub->arrived) ||
-	    !pthread_equal(resident->thread, pthread_self()))
+	    own_tid != atomic_load(&resident->tid))
 		return KVMAIO_LATER;
 	announce(vcpu);
 	const int64_t now_ns = clock_ns(CLOCK_MONOTONIC);

@@ -178,7 +178,8 @@ typedef struct kvmaio_posted {
 typedef struct kvmaio_fast { uint64_t served; ...; } kvmaio_fast;
 int kvmaio_fast_create(struct kvm_run *run_page, uint32_t ring_offset, kvmaio_fast **out);
 void kvmaio_fast_destroy(kvmaio_fast *fast);
-int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell);
+int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell,
+                    int stamped);
 int kvmaio_fast_add_doorbell(kvmaio_fast *fast, int eventfd);
 int kvmaio_fast_take(kvmaio_fast *fast, kvmaio_posted *first, uint64_t *values, int capacity);
 int kvmaio_fast_waiting(kvmaio_fast *fast);
@@ -199,7 +200,7 @@ typedef struct kvmaio_burst {
 typedef struct kvmaio_vcpu {
     kvmaio_run_timer timer; int64_t entry_ns;
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
-    int64_t executed_ns, executed_cycles, inside_ns, total_ns, left_ns, access;
+    int64_t executed_ns, executed_cycles, inside_ns, left_ns, access;
     int cycles_fd; uint32_t exit_untold; kvmaio_burst burst;
     uint64_t run_id, entries, unrequested; int tid; int started; ...;
 } kvmaio_vcpu;
@@ -267,7 +268,7 @@ ffibuilder.set_source(
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[str(HERE)],
     depends=[str(path) for path in HERE.glob("_*.h")],
-    extra_compile_args=["-O2", "-Wall", "-Wextra"],
+    extra_compile_args=["-O2", "-fvisibility=hidden", "-Wall", "-Wextra"],
     libraries=["pthread", "rt"],
     py_limited_api=True,
 )

@@ -147,8 +147,7 @@ class KvmCpu:
             return _EXIT  # as `_result` does, without a call
         if outcome != _LATER:
             return self._result(outcome)
-        self._inside = True
-        residents.park(self)
+        self._park(residents)
         return None
 
     def burst(self) -> NativeBurst | None:
@@ -160,8 +159,7 @@ class KvmCpu:
         if outcome != _LATER:
             return self._result(outcome)
         assert residents is not None
-        self._inside = True
-        residents.park(self)
+        self._park(residents)
         return None
 
     @property
@@ -176,7 +174,9 @@ class KvmCpu:
         return self._result(self.handle.outcome)
 
     def arrived(self) -> None:
-        """Called by the hub: the guest has been left."""
+        """Called by the hub or the residents: the guest has been left."""
+        if self._residents is not None:
+            self._promotion.has_waited(self.handle.inside_ns)
         self._inside = False
         self._arrival.set()
 
@@ -271,14 +271,19 @@ class KvmCpu:
         """How often it has moved between its own thread and the loop's."""
         return self._promotion.moves
 
+    def _park(self, residents: Residents) -> None:
+        self._inside = True
+        self._promotion.waits()
+        residents.park(self)
+
     def still_waiting(self) -> None:
         """Called between waits on the loop's thread: a quiet guest moves back out."""
         residents = self._residents
         assert residents is not None
         promotion, handle = self._promotion, self.handle
-        if promotion.is_quiet(handle.inside_ns, residents.count) or promotion.loses_here(
-            handle.total_ns, self._is_alone
-        ):
+        promotion.has_waited(handle.inside_ns)
+        is_quiet = promotion.is_quiet(handle.inside_ns, residents.count)
+        if is_quiet or promotion.loses_here(self._is_alone):
             self._move_out()
 
     def _may_move_in(self) -> bool:

@@ -48,11 +48,14 @@ class FastPaths:
     def post(self, address: int, size: int, is_pio: bool, timed: bool) -> None:
         """Batch writes there; `timed` ones are exits, taken and stamped by C."""
         if timed:
-            self._add(address, size, is_pio, ffi.NULL)
+            self._add(address, size, is_pio, ffi.NULL, stamped=True)
             return
         needed = lib.KVM_CAP_COALESCED_PIO if is_pio else lib.KVM_CAP_COALESCED_MMIO
         if self._vm.capability(needed):  # without it every write is an exit: the same, slower
             self._vm.coalesce(address, size, is_pio)
+            # So that the one that finds KVM's ring full need not wait for Python. A full table
+            # is no error: then it does.
+            lib.kvmaio_fast_add(self._handle, address, size, is_pio, ffi.NULL, False)
             self._tell_cpus()
 
     def share(self, address: int, size: int, is_pio: bool) -> Any:
@@ -78,8 +81,10 @@ class FastPaths:
         self._rings.append((eventfd, ring))
         self._loop.add_reader(eventfd, rung)
 
-    def _add(self, address: int, size: int, is_pio: bool, cell: Any) -> None:
-        result = lib.kvmaio_fast_add(self._handle, address, size, is_pio, cell)
+    def _add(
+        self, address: int, size: int, is_pio: bool, cell: Any, stamped: bool = False
+    ) -> None:
+        result = lib.kvmaio_fast_add(self._handle, address, size, is_pio, cell, stamped)
         if result < 0:
             raise ConfigurationError("more than 64 shared and timed registers in one machine")
         self._tell_cpus()

@@ -67,8 +67,8 @@ class Costs:
 _measured: tuple[int, int, int] | None = None
 _measuring = Lock()
 
-BUDGET_EXITS = 160
-"""The time of so many raw exits; with their answers some 90."""
+BUDGET_EXITS = 240
+"""The time of so many raw exits; with their answers some 150."""
 LEAST_EXITS = 60
 OFTEN_EXITS = 50
 OFTEN_WITHIN_NS = 10_000_000
@@ -81,14 +81,14 @@ would take longer than it does itself ..."""
 STORM_EXIT_NS = 60_000
 """... if they also come this fast, all who share the loop taken together: a loop that serves many
 on their own threads gets to each of them only now and then."""
-LOST_SHARE = 10
+LOST_SHARE = 25
 """Where no other vCPU of the loop runs, and more than this part of the time is lost to the changes
 of threads, it is better off on the loop's thread, however slowly its exits come ..."""
 BUSY_WINDOW_NS = 50_000_000
 BUSY_SHARE = 2
 BUSY_FOR_NS = 1_000_000_000
-"""... unless the loop turns out to be busy with other things, so that for so long the guest gets
-less than this part of the time. It is then left alone for a while."""
+"""... unless the loop turns out to be busy with other things: of so much time for which the guest
+wanted its thread, it got less than this part. It is then left alone for a while."""
 STEP_NS = 5_000_000
 OFTEN_STEPS = 10
 """So many runs in a row that a timer ends, none of them longer, are steps: two changes of threads
@@ -134,8 +134,10 @@ class Promotion:
         "_step_began_ns",
         "_step_limit_ns",
         "_steps",
-        "_window_ns",
-        "_window_total_ns",
+        "_waited_inside_ns",
+        "_waited_ns",
+        "_waits_inside_ns",
+        "_waits_since_ns",
         "_worked_ns",
         "moves",
         "storms",
@@ -151,7 +153,9 @@ class Promotion:
         # In a row, while it is negative: so many are still to pass without a look at them.
         self._steps = self._late = 0
         self._company_moves_out = False  # it is on the loop's thread only as it is alone
-        self._window_ns, self._window_total_ns = 0, -1  # since when it is looked at how it fares
+        # How long it has wanted the loop's thread lately, and has had it; and of the present wait.
+        self._waited_ns = self._waited_inside_ns = 0
+        self._waits_since_ns = self._waits_inside_ns = 0
         self._not_before_ns = 0
         self._step_began_ns = self._step_limit_ns = 0
         self._since_ns = 0
@@ -213,27 +217,37 @@ class Promotion:
         if not (often or self.storms or loses) or not self._may_move(now_ns):
             return False
         self._company_moves_out = not (often or self.storms)
-        self._window_ns, self._window_total_ns = now_ns, -1
+        self._waited_ns = self._waited_inside_ns = 0
         return True
 
-    def loses_here(self, total_ns: int, is_alone: Callable[[], bool]) -> bool:
+    def waits(self) -> None:
+        """Its run wants the loop's thread from now on."""
+        if self._company_moves_out:
+            self._waits_since_ns, self._waits_inside_ns = time.monotonic_ns(), 0
+
+    def has_waited(self, inside_ns: int) -> None:
+        """It has had the thread for so much of its run; it has more to go, or that was all."""
+        if self._company_moves_out:
+            now_ns = time.monotonic_ns()
+            self._waited_ns += now_ns - self._waits_since_ns
+            self._waited_inside_ns += inside_ns - self._waits_inside_ns
+            self._waits_since_ns, self._waits_inside_ns = now_ns, inside_ns
+
+    def loses_here(self, is_alone: Callable[[], bool]) -> bool:
         """Called between waits on the loop's thread: should it move out?
 
         If it is there for what it would lose elsewhere, and is not alone any more, or the loop
         has so much else to do that it loses more here.
 
         Args:
-            total_ns: how long it has been in its guest on the loop's thread, ever.
             is_alone: as of `exits_often()`.
         """
         if not self._company_moves_out:
             return False
-        now_ns = time.monotonic_ns()
-        wall_ns, is_busy = now_ns - self._window_ns, False
-        if wall_ns > BUSY_WINDOW_NS:
-            is_busy = (total_ns - self._window_total_ns) * BUSY_SHARE < wall_ns
-            is_busy = is_busy and self._window_total_ns >= 0
-            self._window_ns, self._window_total_ns = now_ns, total_ns
+        now_ns, is_busy = time.monotonic_ns(), False
+        if self._waited_ns > BUSY_WINDOW_NS:
+            is_busy = self._waited_inside_ns * BUSY_SHARE < self._waited_ns
+            self._waited_ns = self._waited_inside_ns = 0
         if (not is_busy and is_alone()) or not self._may_move(now_ns):
             return False
         self._not_before_ns = now_ns + BUSY_FOR_NS

@@ -29,10 +29,6 @@ __all__ = ["Residents", "epoll_of"]
 MOST = 2
 """Two share the thread well; more would rather use the other cores, unless they storm."""
 
-LEAST_BUDGET_NS = 400_000
-"""In a crowd each has a smaller budget, so that nobody's turn is long in coming; but some exits
-must fit into it."""
-
 SLICE_NS = 200_000
 """A run that nobody watches: so late can the loop be for something that came meanwhile."""
 
@@ -104,7 +100,7 @@ class Residents:
     def move_in(self, cpu: KvmCpu) -> None:
         """From now on the loop's thread runs `cpu`."""
         check(lib.kvmaio_resident_adopt(self.handle, cpu.handle), "KVM_SET_SIGNAL_MASK")
-        self._share(self.count + 1)
+        self.count += 1
 
     def move_out(self, cpu: KvmCpu) -> None:
         """Back to its native thread; a run that waits goes on there."""
@@ -118,14 +114,9 @@ class Residents:
         check(lib.kvmaio_resident_release(handle), "KVM_SET_SIGNAL_MASK")
 
     def _leave(self, cpu: KvmCpu) -> None:
-        self._share(self.count - 1)
+        self.count -= 1
         if cpu in self.waiting:
             self.waiting.remove(cpu)
-
-    def _share(self, count: int) -> None:
-        self.count = count
-        least_ns = max(LEAST_BUDGET_NS, SLICE_EXITS * self._costs.exit_ns)
-        self.handle.budget_ns = max(least_ns, 2 * self._costs.budget_ns // max(count, 2))
 
     def park(self, cpu: KvmCpu) -> None:
         """`cpu` waits for the loop's thread to have time for it."""
