@@ -8,7 +8,7 @@
 PYTHON ?= python3
 PYTEST ?=
 BIN := .venv/bin
-NATIVE := $(wildcard kvmaio/kvm/*.[ch] kvmaio/kvm/build_native.py kvmaio/soft/*.[ch] kvmaio/soft/build_soft.py)
+NATIVE := $(wildcard kvmaio/*.c kvmaio/kvm/*.[ch] kvmaio/kvm/build_native.py kvmaio/soft/*.[ch] kvmaio/soft/build_soft.py)
 INSTALLED := .venv/kvmaio-installed
 
 .PHONY: venv demo test lint docs test-svm clean
@@ -53,5 +53,5 @@ test-svm: venv
 
 clean:
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
-	rm -f kvmaio/kvm/_native*.so kvmaio/soft/_soft*.so
+	rm -f kvmaio/_answering*.so kvmaio/kvm/_native*.so kvmaio/soft/_soft*.so
 	find kvmaio devices tests tools examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

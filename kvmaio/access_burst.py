@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from .cpu import EntryResult
 
-__all__ = ["AccessBurst"]
+__all__ = ["AccessBurst", "function_address"]
 
 PIO_DATA = 4096
 """Where a run page has the data of port I/O (KVM_PIO_PAGE_OFFSET)."""
@@ -18,24 +18,32 @@ PIO_DATA = 4096
 _WORDS = {size: f"uint{8 * size}_t *" for size in (1, 2, 4, 8)}
 
 
+def function_address(ffi: Any, lib: Any, name: str) -> int:
+    """Where a function of the C core is."""
+    return int(ffi.cast("intptr_t", ffi.addressof(lib, name)))
+
+
 class AccessBurst(ABC):
     """A CPU model's way to enter again and again; the vCPU answers (`kvmaio.vcpu.burst`).
 
     Attributes:
-        handle: the model's C structure, for `again`.
-        again: straight to C, where the access due has been answered: enters the guest, without a
-            limit. What it gives is the access's word, or 0 for a read, if the same access has come
-            again. Else it is negative: see `is_held`, then `due`, then `end()`.
+        handle: the model's C structure.
+        handle_at: its address.
+        again_at: the address of the model's C function, of that structure: where the access due
+            has been answered, it enters the guest, without a limit. It gives 0 if the same access
+            has come again, else -1: see `is_held`, then `due`, then `end()`.
         takes_notes: accesses can be noted in C (`kvm/_notes.h`): see `note_by()`.
     """
 
-    __slots__ = ("_ffi", "_page", "_state", "handle")
+    __slots__ = ("_ffi", "_page", "_state", "handle", "handle_at")
 
     takes_notes: ClassVar[bool] = False
-    again: Callable[[Any], int]
+    again_at: ClassVar[int]
+    _again: Callable[[Any], int]
 
     def __init__(self, handle: Any, page: Any, ffi: Any) -> None:
         self.handle = handle
+        self.handle_at = int(ffi.cast("intptr_t", handle))
         self._state = handle.burst
         self._page = page
         self._ffi = ffi
@@ -53,12 +61,12 @@ class AccessBurst(ABC):
             handle.left_ns = time.monotonic_ns()
 
     def disturb(self) -> None:
-        """Something has happened that is looked at between entries: `again` enters no more."""
+        """Something has happened that is looked at between entries: no `again()` enters."""
         self._state.disturbed = 1
 
     @property
     def is_held(self) -> bool:
-        """The last `again` did not enter."""
+        """The last `again()` did not enter."""
         return bool(self._state.held)
 
     @property
@@ -80,6 +88,14 @@ class AccessBurst(ABC):
         start = cast("uint8_t *", self._page) + PIO_DATA if is_pio else self._page.mmio.data
         return cast(_WORDS[size], start)
 
+    def address_of(self, words: Any) -> int:
+        """The address of what `words()` gave."""
+        return int(self._ffi.cast("intptr_t", words))
+
+    def again(self) -> int:
+        """What `again_at` does."""
+        return self._again(self.handle)
+
     def exit(self) -> tuple[int, int]:
         """When the guest was left (CLOCK_MONOTONIC), and what it had executed, in nanoseconds of
         the host: -1 where somebody has been told of that. Until the next entry."""
@@ -92,11 +108,11 @@ class AccessBurst(ABC):
         return bool(untold)
 
     def note_by(self, note: Any) -> None:
-        """Have `again` note the accesses to come, until told otherwise; None: it does not."""
+        """Have `again()` note the accesses to come, until told otherwise; None: it does not."""
         assert note is None, "see takes_notes"
 
     def take_counts(self) -> tuple[int, int]:
-        """How many accesses to ports and to memory have come by `again` since this was called."""
+        """How many accesses to ports and to memory have come by `again()` since this was called."""
         state = self._state
         counts = state.io, state.mmio
         state.io = state.mmio = 0

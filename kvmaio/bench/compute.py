@@ -22,7 +22,7 @@ from .guests import (
     storming,
     user_loop,
 )
-from .harness import Bench, Gate, Row, Sample, figure
+from .harness import Bench, Gate, Row, Sample, figure, on_one_processor
 
 __all__ = ["measure"]
 
@@ -76,25 +76,21 @@ async def _against_native(bench: Bench) -> Row:
 def _on_one_processor(
     storm: Storm, reference: Callable[[], float]
 ) -> Iterator[Callable[[], float]]:
-    """`reference`, on the processor that the guest has: what else runs on a host may make one of
-    them half as fast again as another for seconds. The loop has the others, if it does not run
-    the guest itself."""
+    """`reference`, on the processor that the guest has. The loop has the others, if it does not
+    run the guest itself."""
     model, every = model_of(storm.machine), os.sched_getaffinity(0)
-    one = {max(every)}
+    with on_one_processor():
+        one = os.sched_getaffinity(0)
+        os.sched_setaffinity(model.handle.tid, one)  # the vCPU's own thread
 
-    def on_it() -> float:
-        os.sched_setaffinity(0, one)
-        try:
-            return reference()
-        finally:
+        def on_it() -> float:
+            os.sched_setaffinity(0, one)
+            cost = reference()
             if not model.is_resident:
                 os.sched_setaffinity(0, every - one or one)
+            return cost
 
-    os.sched_setaffinity(model.handle.tid, one)  # the vCPU's own thread
-    try:
         yield on_it
-    finally:
-        os.sched_setaffinity(0, every)
 
 
 def _row(

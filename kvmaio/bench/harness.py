@@ -13,14 +13,25 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
 
 from ..kvm.promotion import Costs
 
-__all__ = ["Bench", "Figure", "Gate", "OtherLoad", "Row", "Sample", "figure", "quantile"]
+__all__ = [
+    "Bench",
+    "Figure",
+    "Gate",
+    "OtherLoad",
+    "Row",
+    "Sample",
+    "figure",
+    "on_one_processor",
+    "quantile",
+]
 
 DISTURBED = 1.25
 """The two references of a round may differ by this factor."""
@@ -215,6 +226,20 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The value below which `share` of `values` lie, about."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+@contextmanager
+def on_one_processor() -> Iterator[None]:
+    """Keep this thread, and the threads and processes that it starts, on one of its processors.
+
+    What else runs on a host may make one of them half as fast again as another for seconds.
+    """
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(every)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 class OtherLoad:

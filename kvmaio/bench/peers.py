@@ -13,7 +13,7 @@ from typing import Any
 
 from .exits import WARM_UP_EXITS
 from .guests import PORT, AsyncDevice, Guest, storming
-from .harness import Bench, Gate, Row, Sample, figure
+from .harness import Bench, Gate, Row, Sample, figure, on_one_processor
 
 __all__ = ["measure"]
 
@@ -63,12 +63,12 @@ async def _qemu(bench: Bench) -> Row:
     # long enough that their jitter matters little.
     exits = bench.exits() * (2 if bench.quick else 10)
     samples = []
-    with tempfile.TemporaryDirectory(prefix="kvmaio-") as folder:
+    with tempfile.TemporaryDirectory(prefix="kvmaio-") as folder, on_one_processor():
         few, many = (_write_firmware(Path(folder), count) for count in (1, exits))
-        for _ in range(2 if bench.quick else min(5, bench.rounds)):
+        for _ in range(bench.rounds):
             start_ns = await _qemu_ns(few)
             whole_ns = await _qemu_ns(many)
-            ours_ns = await _ours(bench.exits())
+            ours_ns = await _ours(exits)
             theirs_ns = (whole_ns - start_ns) / exits
             if theirs_ns > 0:
                 samples.append(Sample(ours_ns, theirs_ns))

@@ -24,33 +24,25 @@ static int is_held(kvmaio_vcpu *vcpu)
 	return burst->held;
 }
 
-static int64_t word_of(const kvmaio_vcpu *vcpu)
-{
-	const struct kvm_run *page = vcpu->page;
-	const int is_pio = vcpu->access & 1, is_write = vcpu->access & 2;
-	int64_t word = 0;
-	if (is_write)
-		memcpy(&word, is_pio ? (const uint8_t *)page + KVMAIO_PIO_DATA : page->mmio.data,
-		       vcpu->access >> 2 & 15);
-	return word;
-}
-
-int64_t kvmaio_resident_again(kvmaio_vcpu *vcpu)
+int kvmaio_resident_again(kvmaio_vcpu *vcpu)
 {
 	kvmaio_burst *burst = &vcpu->burst;
 	const int64_t before = vcpu->access;
 	if (is_held(vcpu))
 		return -1;
-	burst->end = kvmaio_resident_enter(atomic_load(&vcpu->resident), vcpu, -1);
+	kvmaio_resident *resident = atomic_load(&vcpu->resident);
+	burst->end = burst->entered ? kvmaio_resident_go_on(resident, vcpu, -1) :
+				      kvmaio_resident_enter(resident, vcpu, -1);
+	burst->entered = 1;
 	if (burst->end != KVMAIO_EXIT || vcpu->access < 0)
 		return -1;
 	burst->executed_ns += vcpu->executed_ns;
 	*(vcpu->access & 1 ? &burst->io : &burst->mmio) += 1;
 	vcpu->exit_untold = 1;
-	return vcpu->access == before ? word_of(vcpu) : -1;
+	return vcpu->access == before ? 0 : -1;
 }
 
-int64_t kvmaio_vcpu_again(kvmaio_vcpu *vcpu)
+int kvmaio_vcpu_again(kvmaio_vcpu *vcpu)
 {
 	if (!is_held(vcpu))
 		vcpu->access = -1;

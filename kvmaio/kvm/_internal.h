@@ -21,6 +21,8 @@ extern _Thread_local kvmaio_vcpu *volatile kvmaio_here __attribute__((tls_model(
 void kvmaio_send_kick(pid_t tid);
 void kvmaio_discard_kicks(void); /* pending ones, where the signal is blocked */
 int kvmaio_set_signal_mask(int vcpu_fd);
+/* As kvmaio_resident_enter(), where only a handler of this vCPU's has run meanwhile. */
+int kvmaio_resident_go_on(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
 void kvmaio_vcpu_resume(kvmaio_vcpu *vcpu); /* continue the present run on the native thread */
 
 /* See `access` of kvmaio_vcpu. */

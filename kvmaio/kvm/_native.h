@@ -67,6 +67,7 @@ void kvmaio_hub_destroy(kvmaio_hub *hub);
 typedef struct kvmaio_burst {
 	int disturbed; /* something is to be looked at before the next entry */
 	int held;      /* enum kvmaio_held: why the last kvmaio_..._again did not enter */
+	int entered;   /* since it began */
 	int end;       /* what its entry led to, if not to an access: as kvmaio_resident_enter */
 	int noted;     /* the access due is, by `kind` */
 	uint64_t io, mmio;   /* accesses; the loop sets this and the next to 0 */
@@ -224,13 +225,13 @@ int kvmaio_resident_release(kvmaio_vcpu *vcpu);
  * limit: call kvmaio_resident_wait when the loop has nothing else to do. */
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
 
-/* The same without a limit, behind an access that has been answered: its word, or 0 for a read, if
- * the same access has come again. Negative otherwise, or where the word would be: if `burst.held`
- * is 0, `access` tells what has come, and if that is -1, `burst.end`. */
-int64_t kvmaio_resident_again(kvmaio_vcpu *vcpu);
+/* The same without a limit, behind an access that has been answered: 0 if the same access has come
+ * again, else -1: if `burst.held` is 0, `access` tells what has come, and if that is -1,
+ * `burst.end`. */
+int kvmaio_resident_again(kvmaio_vcpu *vcpu);
 
 /* The same for a vCPU on its own thread, which may be entered then: `access` is -1. */
-int64_t kvmaio_vcpu_again(kvmaio_vcpu *vcpu);
+int kvmaio_vcpu_again(kvmaio_vcpu *vcpu);
 
 /* The loop has nothing to do before `deadline_ns` (CLOCK_MONOTONIC): run the
  * guest until it exits, its limit is reached, a descriptor of the loop is ready,

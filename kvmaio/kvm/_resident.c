@@ -164,17 +164,22 @@ static void grant_budget(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t n
 /* Of a thread that runs a loop, or has done; any other's is 0. */
 static _Thread_local pid_t own_tid __attribute__((tls_model("initial-exec")));
 
+/* Blocked, kicks could not end KVM_RUN: nothing could. So whenever others on the loop have run,
+ * as a program may have blocked all signals meanwhile. */
+static void unblock_kicks(void)
+{
+	sigset_t kick;
+	kick_signal_set(&kick);
+	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+}
+
 /* A loop may be stopped and go on in another thread: kicks and the timer follow it. */
 static int follow_thread(kvmaio_resident *resident)
 {
 	pid_t tid = own_tid = (pid_t)syscall(SYS_gettid);
-	sigset_t kick;
 	timer_t timer;
 
-	/* Blocked, it could not end KVM_RUN: nothing could. Each time, as a program may have
-	 * blocked all signals meanwhile. */
-	kick_signal_set(&kick);
-	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+	unblock_kicks();
 	if (tid == atomic_load(&resident->tid))
 		return 0;
 	int error = create_thread_timer(tid, &timer);
@@ -191,6 +196,12 @@ static int follow_thread(kvmaio_resident *resident)
 }
 
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns)
+{
+	unblock_kicks();
+	return kvmaio_resident_go_on(resident, vcpu, limit_ns);
+}
+
+int kvmaio_resident_go_on(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns)
 {
 	/* An exception may have kept the caller from waiting for the run before: go on with it. */
 	if (!vcpu->resident_run)

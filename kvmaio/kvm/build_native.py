@@ -194,7 +194,7 @@ typedef struct kvmaio_note_kind {
 } kvmaio_note_kind;
 #define KVMAIO_HELD_TO_WRITE ...
 typedef struct kvmaio_burst {
-    int disturbed, held, end, noted; uint64_t io, mmio; int64_t executed_ns;
+    int disturbed, held, entered, end, noted; uint64_t io, mmio; int64_t executed_ns;
     kvmaio_notes *notes; const kvmaio_note_kind *kind;
 } kvmaio_burst;
 typedef struct kvmaio_vcpu {
@@ -219,7 +219,7 @@ int kvmaio_vcpu_finish(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 int kvmaio_vcpu_half_entry(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_kick(kvmaio_vcpu *vcpu, uint64_t run_id);
 uint64_t kvmaio_vcpu_current_run(kvmaio_vcpu *vcpu);
-int64_t kvmaio_vcpu_again(kvmaio_vcpu *vcpu);
+int kvmaio_vcpu_again(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_is_running(kvmaio_vcpu *vcpu);
 int kvmaio_vcpu_stop(kvmaio_vcpu *vcpu, int64_t timeout_ns);
 void kvmaio_vcpu_destroy(kvmaio_vcpu *vcpu);
@@ -233,7 +233,7 @@ int kvmaio_resident_adopt(kvmaio_resident *resident, kvmaio_vcpu *vcpu);
 int kvmaio_resident_release(kvmaio_vcpu *vcpu);
 int kvmaio_resident_expire(kvmaio_vcpu *vcpu);
 int kvmaio_resident_enter(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t limit_ns);
-int64_t kvmaio_resident_again(kvmaio_vcpu *vcpu);
+int kvmaio_resident_again(kvmaio_vcpu *vcpu);
 int kvmaio_resident_wait(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t deadline_ns);
 int kvmaio_resident_half_entry(kvmaio_vcpu *vcpu);
 int64_t kvmaio_raw_loop(kvmaio_vcpu *vcpu, int exits);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..access_burst import AccessBurst
+from ..access_burst import AccessBurst, function_address
 from ..cpu import EntryResult
 from ._native import ffi, lib
 
@@ -20,7 +20,8 @@ class NativeBurst(AccessBurst):
     __slots__ = ("_cpu",)
 
     takes_notes = True
-    again = staticmethod(lib.kvmaio_vcpu_again)
+    again_at = function_address(ffi, lib, "kvmaio_vcpu_again")
+    _again = staticmethod(lib.kvmaio_vcpu_again)
 
     def __init__(self, cpu: KvmCpu) -> None:
         super().__init__(cpu.handle, cpu.page, ffi)
@@ -28,7 +29,7 @@ class NativeBurst(AccessBurst):
 
     def begin(self, told: bool) -> None:
         super().begin(told)
-        self._state.noted = 0
+        self._state.entered = self._state.noted = 0
         self.note_by(None)
 
     @property
@@ -59,7 +60,8 @@ class ResidentBurst(NativeBurst):
 
     __slots__ = ()
 
-    again = staticmethod(lib.kvmaio_resident_again)
+    again_at = function_address(ffi, lib, "kvmaio_resident_again")
+    _again = staticmethod(lib.kvmaio_resident_again)
 
     def end(self) -> EntryResult | None:
         return self._cpu.burst_ended(self._state.end)

@@ -81,9 +81,7 @@ class FastPaths:
         self._rings.append((eventfd, ring))
         self._loop.add_reader(eventfd, rung)
 
-    def _add(
-        self, address: int, size: int, is_pio: bool, cell: Any, stamped: bool = False
-    ) -> None:
+    def _add(self, address: int, size: int, is_pio: bool, cell: Any, stamped: bool = False) -> None:
         result = lib.kvmaio_fast_add(self._handle, address, size, is_pio, cell, stamped)
         if result < 0:
             raise ConfigurationError("more than 64 shared and timed registers in one machine")

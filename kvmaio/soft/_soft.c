@@ -405,9 +405,8 @@ int kvmaio_soft_go_on(kvmaio_soft *public)
 	return run_until(cpu, now + public->inline_ns);
 }
 
-int64_t kvmaio_soft_again(kvmaio_soft *public)
+int kvmaio_soft_again(kvmaio_soft *public)
 {
-	const struct kvm_run *page = public->page;
 	const int64_t before = public->access;
 	public->burst.held = public->burst.disturbed;
 	if (public->burst.held)
@@ -415,18 +414,11 @@ int64_t kvmaio_soft_again(kvmaio_soft *public)
 	public->burst.end = kvmaio_soft_enter(public, -1);
 	if (public->burst.end != KVMAIO_SOFT_EXIT || public->access < 0)
 		return -1;
-	const int is_pio = public->access & 1, is_write = public->access & 2;
-	int64_t word = 0;
-	*(is_pio ? &public->burst.io : &public->burst.mmio) += 1;
+	*(public->access & 1 ? &public->burst.io : &public->burst.mmio) += 1;
 	public->burst_ticks = public->ticks;
 	public->left_ns = now_ns(CLOCK_MONOTONIC);
 	public->exit_untold = 1;
-	if (public->access != before)
-		return -1;
-	if (is_write)
-		memcpy(&word, is_pio ? (const uint8_t *)page + page->io.data_offset : page->mmio.data,
-		       public->access >> 2 & 15);
-	return word;
+	return public->access == before ? 0 : -1;
 }
 
 int kvmaio_soft_is_running(const kvmaio_soft *public)

@@ -119,7 +119,7 @@ int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
 /* kvmaio_soft_enter() without a limit, behind an access that has been answered; as
  * kvmaio_resident_again() of ../kvm/_native.h. */
-int64_t kvmaio_soft_again(kvmaio_soft *cpu);
+int kvmaio_soft_again(kvmaio_soft *cpu);
 /* The run goes on on the CPU's own thread; `arrived_fd` tells of its end. */
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 

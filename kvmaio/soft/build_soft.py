@@ -52,7 +52,7 @@ int kvmaio_soft_set_cpuid(kvmaio_soft *cpu, const struct kvmaio_soft_cpuid *entr
 void kvmaio_soft_own_cpuid(kvmaio_soft *cpu, struct kvmaio_soft_cpuid *entry);
 int kvmaio_soft_enter(kvmaio_soft *cpu, int64_t limit);
 int kvmaio_soft_go_on(kvmaio_soft *cpu);
-int64_t kvmaio_soft_again(kvmaio_soft *cpu);
+int kvmaio_soft_again(kvmaio_soft *cpu);
 int kvmaio_soft_is_running(const kvmaio_soft *cpu);
 int kvmaio_soft_hand_over(kvmaio_soft *cpu);
 int64_t kvmaio_soft_part(kvmaio_soft *cpu, int64_t limit);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..access_burst import AccessBurst
+from ..access_burst import AccessBurst, function_address
 from ..cpu import EntryResult
 from ._soft import ffi, lib
 
@@ -19,7 +19,8 @@ class SoftBurst(AccessBurst):
 
     __slots__ = ("_cpu", "_taken", "_taken_ns")
 
-    again = staticmethod(lib.kvmaio_soft_again)
+    again_at = function_address(ffi, lib, "kvmaio_soft_again")
+    _again = staticmethod(lib.kvmaio_soft_again)
 
     def __init__(self, cpu: SoftCpu) -> None:
         super().__init__(cpu.handle, cpu.page, ffi)

@@ -2,18 +2,17 @@
 
 It does what `Entry.begin()` and `Service.begin()` do in turn, for the case that counts: a guest
 makes a plain access, a handler answers it, and nothing else has happened. Where the same access
-comes again and again there are then only the lines of an inner loop of `_answers()` between two
-entries. Each line counts, and by its number of steps: right after an exit a processor foresees no
-jump, and each of Python's steps is one.
+comes again and again, the only steps of Python's between two entries are then the handler's
+(`_answering.c`). Each counts: right after an exit a processor foresees no jump, and each is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from inspect import iscoroutinefunction
 from threading import get_ident
 from typing import Any
 
+from .._answering import answer
 from ..access_burst import AccessBurst
 from ..bus import Bus
 from ..cpu import CpuModel, EntryResult
@@ -46,6 +45,7 @@ class BurstingVCpu(RestingVCpu):
         super().__init__()
         self._bursting: AccessBurst | None = None
         self._burst_thread = 0
+        self._closed_flag = bytearray(1)  # `_closed`, for C
         self._handler_failed = False  # and not something else, between a handler and the next
         self._buses = (mmio, pio)
         self._watch: BurstWatch | None = None
@@ -119,84 +119,48 @@ class BurstingVCpu(RestingVCpu):
 
         It changes no state, as it may be on its way out of a wait.
         """
-        known, again, handle = self._known, burst.again, burst.handle
-        value: Any
-        pending: Any = None
+        known, again, handle = self._known, burst.again_at, burst.handle_at
+        failed, closed = self._fails, self._closed_flag
         while (key := burst.due) >= 0:
             try:
-                is_write, handler, awaits, offset, size, words, watched = known[key]
+                handler, is_write, offset, size, words, data, told, watched = known[key]
             except KeyError:
                 self._learn(burst, key)
                 continue
-            told = None
             self._watched = watched
             if watched is not None:
-                told = watched.told
                 burst.note_by(watched.note)
                 if watched.arrived is not None:
                     watched.arrived()
             elif self._watch is not None:
                 burst.note_by(None)
-            # Whatever is raised outside of the inner `try` comes behind an entry, not a handler.
-            if is_write:
-                value = words[0]
-                while True:
-                    try:
-                        if awaits:
-                            await handler(offset, size, value)
-                            if self._closed:
-                                return  # meanwhile: the handler has taken its time
-                        elif (pending := handler(offset, size, value)) is not None:
-                            await pending
-                            if self._closed:
-                                return
-                    except BaseException as error:
-                        self._fails(error, pending, value)
-                        raise
-                    if told is not None and (full := told()):
-                        _write_notes(watched, full)
-                    if (value := again(handle)) < 0:
-                        break
-            else:
-                value = 0
-                while True:
-                    try:
-                        if awaits:
-                            value = await handler(offset, size)
-                            if self._closed:
-                                return
-                        elif not isinstance(value := handler(offset, size), int):
-                            value = await value
-                            if self._closed:
-                                return
-                        try:
-                            words[0] = value
-                        except OverflowError:
-                            words[0] = value & ((1 << 8 * size) - 1)
-                    except BaseException as error:
-                        self._fails(error, value, None)
-                        raise
-                    if told is not None and (full := told()):
-                        _write_notes(watched, full)
-                    if again(handle) < 0:
-                        break
+            due = True
+            while rest := answer(
+                again, handle, handler, is_write, offset, size, data, told, failed, closed, due
+            ):
+                try:
+                    value = await _awaitable(rest, is_write)
+                    if closed[0]:
+                        return  # meanwhile: the handler has taken its time
+                    if not is_write:
+                        words[0] = a_number(value) & ((1 << 8 * size) - 1)
+                except BaseException as error:
+                    failed(error, words[0] if is_write and not closed[0] else None)
+                    raise
+                due = False
+            if closed[0]:
+                return
             while burst.must_write:
                 watched.write()
-                again(handle)
+                burst.again()
             if burst.is_held:
                 return
 
-    def _fails(self, error: BaseException, answer: Any, value: int | None) -> None:
-        """A handler has raised; or what it gave is no answer, which is told better here."""
+    def _fails(self, error: BaseException, word: int | None) -> None:
+        """A handler has raised."""
         self._handler_failed = True
         if self._watched is not None and not self._closed:
-            self._watched.failed(value)
-        if not isinstance(error, TypeError):
-            return
-        if value is not None and answer is not None:
-            check_awaitable(answer)
-        elif value is None and not hasattr(answer, "__await__"):
-            a_number(answer)
+            self._watched.failed(word)
 
     def _leave_burst(self, burst: AccessBurst) -> None:
         try:
@@ -240,15 +204,12 @@ class BurstingVCpu(RestingVCpu):
             handler = self._teller(handler, burst, _IO if is_pio else _MMIO)
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
-        self._known[key] = (
-            is_write,
-            handler,
-            iscoroutinefunction(handler),  # a step of Python's fewer
-            target.offset,
-            size,
-            burst.words(key),
-            watched,
-        )
+        told = None
+        if watched is not None and watched.told is not None:
+            told = _writing(watched, watched.told)
+        words = burst.words(key)
+        data = burst.address_of(words)
+        self._known[key] = handler, is_write, target.offset, size, words, data, told, watched
 
     def _teller(
         self, handler: Callable[..., Any], burst: AccessBurst, reason: int
@@ -290,7 +251,25 @@ def _updating(write: Callable[..., Any], update: Callable[[], None]) -> Callable
     return write_and_update
 
 
-def _write_notes(watched: WatchedAccess, full: int) -> None:
-    watched.write()
-    if full < 0 and watched.told is not None:  # there was no room for this one
-        watched.told()
+def _awaitable(rest: tuple[Any, ...], is_write: bool) -> Awaitable[Any]:
+    """What to await of what `answer()` gave."""
+    if len(rest) == 2:
+        return Suspended(*rest)
+    awaitable = rest[0]
+    if is_write or hasattr(awaitable, "__await__"):
+        check_awaitable(awaitable)
+    else:
+        a_number(awaitable)
+    return awaitable  # type: ignore[no-any-return]
+
+
+def _writing(watched: WatchedAccess, told: Callable[[], int]) -> Callable[[], None]:
+    """`told`, and behind it what is to be written then is."""
+
+    def tell() -> None:
+        if full := told():
+            watched.write()
+            if full < 0:  # there was no room for this one
+                told()
+
+    return tell

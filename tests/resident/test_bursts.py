@@ -1,9 +1,12 @@
 """Accesses answered back to back (`vcpu/burst.py`): guest and devices see the same as ever."""
 
 import asyncio
+import collections
 import contextlib
 import json
+import sys
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,8 +27,9 @@ from kvmaio.boot import Flat
 from kvmaio.bus import Target
 from kvmaio.devices import DebugExit
 from kvmaio.kvm import promotion
-from kvmaio.kvm._native import lib
 from kvmaio.kvm.burst import ResidentBurst
+from kvmaio.vcpu import VCpu
+from tests.entries import struck
 from tests.resident.guests import PATIENCE, cpu_of
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60 * PATIENCE)]
@@ -318,15 +322,7 @@ class Struck(Exception):
 @pytest.mark.parametrize("kind", [Struck, KeyboardInterrupt])
 def test_an_exception_as_the_guest_comes_out_loses_no_access(monkeypatch, at_once, code, kind):
     """The guest writes down 0, 1, 2, ...: none is missing, and none comes twice."""
-    strikes = iter([False] * 20 + [True] + [False] * 3 + [True] * 2 + [False] * 50 + [True])
-
-    def again(handle):
-        word = lib.kvmaio_resident_again(handle)
-        if next(strikes, False):
-            raise kind
-        return word
-
-    monkeypatch.setattr(ResidentBurst, "again", staticmethod(again))
+    strikes = [False] * 20 + [True] + [False] * 3 + [True] * 2 + [False] * 50 + [True]
 
     class Numbers(Device):
         size = 1
@@ -365,13 +361,14 @@ def test_an_exception_as_the_guest_comes_out_loses_no_access(monkeypatch, at_onc
     machine, device = loop.run_until_complete(enter())
     seen = 0
     runs: list[asyncio.Future[object]] = []
-    for _ in range(9):
-        try:
-            loop.run_until_complete(run_on())
-        except kind:
-            seen += 1
-            if kind is KeyboardInterrupt:  # it has stopped the loop, and not the run
-                loop.run_until_complete(stop())
+    with struck(monkeypatch, ResidentBurst, strikes, kind):
+        for _ in range(9):
+            try:
+                loop.run_until_complete(run_on())
+            except kind:
+                seen += 1
+                if kind is KeyboardInterrupt:  # it has stopped the loop, and not the run
+                    loop.run_until_complete(stop())
     assert seen >= 3 and len(device.written) > 300
     assert device.written == [n & 0xFF for n in range(len(device.written))]
     loop.run_until_complete(machine.close())
@@ -401,6 +398,36 @@ async def test_update_follows_each_write_also_behind_a_wait(at_once):
     outcome, *_ = await ran(WRITES, device)
     assert outcome == Exited(25)
     assert device.log[-12:] == list(range(12))
+
+
+async def test_between_two_exits_nothing_runs_but_the_handler(at_once):
+    """No step of the engine's in Python, and so nothing that it could allocate."""
+    calls: collections.Counter[Any] = collections.Counter()
+
+    def count(frame, event, of):
+        if event == "call":
+            calls[frame.f_code] += 1
+
+    class Counts(Device):
+        size = 1
+        count = 0
+
+        async def write(self, offset, size, value):
+            self.count += 1
+            if self.count == 1_000:
+                sys.setprofile(count)
+            elif self.count == 3_000:
+                sys.setprofile(None)
+                raise EndRun(Exited(0))
+
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+        machine.attach(Counts(), pio=PORT)
+        machine.load(Flat(OUT + b"\xeb\xfc", 0x1000))
+        await machine.run()
+    assert calls.pop(Counts.write.__code__) == 2_000
+    # What is left are the turns of the loop, after some 100 exits each.
+    assert calls.pop(VCpu._answers.__code__) < 200
+    assert max(calls.values()) < 400
 
 
 async def test_statistics_are_exact_within_a_handler(at_once):

@@ -18,12 +18,13 @@ from kvmaio import Device, Exited, Machine, Stopped, current_vcpu
 from kvmaio.boot import Flat
 from kvmaio.devices import DebugExit
 from kvmaio.soft import cpu as soft_cpu
-from kvmaio.soft._soft import lib
+from kvmaio.soft._soft import ffi
 from kvmaio.soft.burst import SoftBurst
 from kvmaio.soft.cpu import SoftCpu
 from kvmaio.vcpu import VCpu
 from kvmaio.watchpoints import WatchHit, WatchKind, Watchpoint
 from tests.engine.support import deadline
+from tests.entries import entered_by, struck
 
 pytestmark = pytest.mark.soft
 
@@ -146,12 +147,12 @@ def test_devices_statistics_and_guest_see_the_same(program, acts):
 def test_bursts_are_what_answers_plain_accesses(monkeypatch):
     keys = []
 
-    def noted(handle):
-        word = lib.kvmaio_soft_again(handle)
-        keys.append(handle.access)
-        return word
+    def noted(handle, enter):
+        other = enter(handle)
+        keys.append(ffi.cast("kvmaio_soft *", handle).access)
+        return other
 
-    monkeypatch.setattr(SoftBurst, "again", staticmethod(noted))
+    entered_by(monkeypatch, SoftBurst, noted)
     monkeypatch.setattr(soft_cpu, "TURN_NS", 1 << 62)  # the first instructions take their time
     asyncio.run(ran((OUT + LOAD) * 3 + END, Diary()))
     out, load = PORT << 6 | 1 << 2 | 3, AT << 6 | 1 << 2
@@ -346,15 +347,7 @@ class Struck(Exception):
 async def test_an_exception_as_the_guest_comes_out_loses_nothing(monkeypatch, code, turn_ns):
     """The guest writes down 0, 1, 2, ...: none is missing, and none comes twice."""
     monkeypatch.setattr(soft_cpu, "TURN_NS", turn_ns)
-    strikes = iter([False] * 20 + [True] + [False] * 3 + [True] * 2 + [False] * 50 + [True] * 3)
-
-    def again(handle: Any) -> int:
-        word: int = lib.kvmaio_soft_again(handle)
-        if next(strikes, False):
-            raise Struck
-        return word
-
-    monkeypatch.setattr(SoftBurst, "again", staticmethod(again))
+    strikes = [False] * 20 + [True] + [False] * 3 + [True] * 2 + [False] * 50 + [True] * 3
 
     class Numbers(Diary):
         def read(self, offset: int, size: int) -> int:
@@ -371,12 +364,13 @@ async def test_an_exception_as_the_guest_comes_out_loses_nothing(monkeypatch, co
     async with Machine(cpu="soft", memory="32K") as machine:
         machine.attach(device, pio=PORT, mmio=AT)
         machine.load(Flat(code + bytes((0xEB, 256 - len(code) - 2)), 0x1000))
-        for _ in range(12):
-            try:
-                async with deadline():
-                    await machine.run()
-            except Struck:
-                seen += 1
+        with struck(monkeypatch, SoftBurst, strikes, Struck):
+            for _ in range(12):
+                try:
+                    async with deadline():
+                        await machine.run()
+                except Struck:
+                    seen += 1
         stats = machine.vcpus[0].stats
         assert seen >= (3 if turn_ns > 1 else 0) and len(device.written) > 300
         assert device.written == [n & 0xFF for n in range(len(device.written))]
