@@ -177,15 +177,21 @@ class Bench:
         self,
         reference: Callable[[], float],
         variants: Mapping[str, Callable[[], Awaitable[float]]],
+        limit_s: float | None = None,
     ) -> dict[str, list[Sample]]:
         """Measure each of `variants` between two runs of `reference`, round by round.
 
         All of them return a cost, in the same unit. The first round warms up.
+
+        Args:
+            limit_s: after this time no further round begins; by default `row_limit_s` for each
+                variant.
         """
+        limit_s = self.row_limit_s * len(variants) if limit_s is None else limit_s
         samples: dict[str, list[Sample]] = {name: [] for name in variants}
         started = time.monotonic()
         for number in range(1 + 2 * self.rounds):
-            late = time.monotonic() - started > self.row_limit_s * len(variants)
+            late = time.monotonic() - started > limit_s
             done = all(len(s) >= self.rounds for s in samples.values())
             if done or (late and all(samples.values())):
                 break

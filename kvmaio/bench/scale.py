@@ -21,7 +21,14 @@ __all__ = ["measure"]
 COUNTS = (1, 10, 100, 500)
 QUICK_COUNTS = (1, 10)
 SETTLE_S = 0.03
+SETTLE_EACH_S = 0.001
 """Machines that have just begun to run find their places."""
+
+CROWD_LIMIT_S = 12.0
+"""A crowd takes its time to begin and to end, in each round."""
+
+TURNS = 2
+"""At least so many has each machine of a crowd while it is measured."""
 
 _GUEST = GUESTS["pio write"]
 _NO_END = 1 << 62
@@ -39,16 +46,20 @@ async def measure(bench: Bench) -> AsyncIterator[Row]:
 
 async def _many(bench: Bench, raws: _RawLoops, count: int) -> Row:
     of_one = []
+    duration_s = 2 * bench.sample_s
+    if not bench.quick:
+        duration_s = max(duration_s, TURNS * count * bench.costs.budget_ns / 1e9)
     async with _storms(count) as storms:
-        await _rates(storms, bench.sample_s)
+        await _rates(storms, duration_s)
 
         async def sample() -> float:
             one = raws.rate_of_one()
-            rate = sum(await _rates(storms, 2 * bench.sample_s))
+            rate = sum(await _rates(storms, duration_s))
             of_one.append(rate / one)
             return 1e9 / rate
 
-        samples = (await bench.interleaved(raws.cost_of_all, {"": sample}))[""]
+        limit_s = None if bench.quick else CROWD_LIMIT_S
+        samples = (await bench.interleaved(raws.cost_of_all, {"": sample}, limit_s))[""]
         residents = sum(model_of(storm.machine).is_resident for storm in storms)
     gate = Gate(at_least=0.3) if count == 100 else None
     return Row(
@@ -148,7 +159,7 @@ async def _storms(count: int) -> AsyncIterator[list[Storm]]:
 async def _rates(storms: list[Storm], duration_s: float) -> list[float]:
     """Exits a second of each, while all of them run."""
     runs = [asyncio.create_task(storm.machine.run()) for storm in storms]
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(SETTLE_S + SETTLE_EACH_S * len(storms))
     before = [storm.device.left for storm in storms]
     started = time.perf_counter()
     await asyncio.sleep(duration_s)
