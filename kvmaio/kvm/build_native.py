@@ -202,7 +202,8 @@ typedef struct kvmaio_vcpu {
     kvmaio_fast *fast; int fd; struct kvm_run *page; size_t page_size; int outcome;
     int64_t executed_ns, executed_cycles, inside_ns, left_ns, access;
     int cycles_fd; uint32_t exit_untold; kvmaio_burst burst;
-    uint64_t run_id, entries, unrequested; int tid; int started; ...;
+    uint64_t run_id, entries, unrequested; uint32_t wasted_spins, spin_tries; int tid; int started;
+    ...;
 } kvmaio_vcpu;
 int kvmaio_ioctl(int fd, unsigned long request, void *argument);
 int kvmaio_ioctl_value(int fd, unsigned long request, unsigned long value);

@@ -19,6 +19,7 @@ from kvmaio.machine import Machine
 __all__ = [
     "ALTERNATING",
     "COMPUTING",
+    "FIRST_EXITS",
     "HALTING",
     "LOOPS",
     "PATIENCE",
@@ -47,6 +48,7 @@ _DX = "baf803"
 SPINNING = bytes.fromhex("ebfe")
 # again: out dx, al; jmp again
 STORMING = bytes.fromhex(_DX + "ee ebfd")
+FIRST_EXITS = 400
 # mov cx, 400; again: out dx, al; loop again; forever: jmp forever
 COMPUTING = bytes.fromhex(_DX + "b99001 ee e2fd ebfe")
 # again: mov cx, 200; first: out dx, al; loop first; mov cx, 0x4000; second: loop second; jmp again

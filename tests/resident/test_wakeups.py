@@ -5,6 +5,7 @@
 
 import asyncio
 import bisect
+import contextlib
 import itertools
 import os
 import random
@@ -282,7 +283,11 @@ async def wake_often(code, irqchip, kinds, count, seed):
 
 def check(capsys, loop_kind, guest, kinds, count):
     seed = random.SystemRandom().getrandbits(32)
-    figures, controls, took = run_on(loop_kind, wake_often(*GUESTS[guest], kinds, count, seed))
+    result = run_on(loop_kind, wake_often(*GUESTS[guest], kinds, count, seed))
+    judge(capsys, loop_kind, guest, seed, count, *result)
+
+
+def judge(capsys, loop_kind, guest, seed, count, figures, controls, took):
     late = [entry for entry in figures.late if not is_excused(controls, figures.starts, *entry[1:])]
     with capsys.disabled():
         worst = ", ".join(
@@ -311,6 +316,102 @@ def test_no_wakeup_is_lost_or_late(loop_kind, guest, capsys, monkeypatch):
 def test_no_signal_without_a_descriptor_is_lost_or_late(loop_kind, guest, capsys):
     """Python's own handlers run on the loop's thread, which nothing but the signal wakes."""
     check(capsys, loop_kind, guest, [PlainSignalWaker], WAKEUPS // (20 * len(GUESTS)))
+
+
+class InterruptWaker(Waker):
+    """By KeyboardInterrupt, which leaves the loop: it goes on behind that."""
+
+    kind = "KeyboardInterrupt"
+
+    def prepare(self):
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        self.is_running = self.came_outside = False
+
+    def wake(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt(self, number, frame):
+        self.figures.note(self.kind, self.sent_s, time.monotonic())
+        if self.is_running:
+            raise KeyboardInterrupt
+        self.came_outside = True
+
+    def run_loop(self, waiting):
+        """Until it is left by an interrupt, which is answered; else `waiting` is done."""
+        try:
+            self.is_running = True
+            if self.came_outside:
+                raise KeyboardInterrupt  # between two runs
+            self.loop.run_until_complete(waiting)
+        except KeyboardInterrupt:
+            self.is_running = self.came_outside = False
+            self.answer.release()
+
+    def close(self):
+        signal.signal(signal.SIGINT, self.before)
+
+
+def interrupt_often(loop, guest, count, seed):
+    code, irqchip = GUESTS[guest]
+    figures, over = Figures(enough=count), threading.Event()
+    controls = [Control(processor) for processor in os.sched_getaffinity(0)]
+    waker = InterruptWaker(loop, figures, over, seed, None)
+
+    async def begin():
+        machine = await stack.enter_async_context(machine_with(code, irqchip=irqchip))
+        run = asyncio.ensure_future(machine.run())
+        cpu = await living_here(machine)
+        async with asyncio.timeout(20 * PATIENCE):
+            while machine.vcpus[0].stats.numIO < guests.FIRST_EXITS:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        return machine, run, cpu
+
+    async def end():
+        machine.stop()
+        async with asyncio.timeout(20 * PATIENCE):
+            await run
+        await stack.aclose()
+
+    async def until_enough():
+        await figures.over.wait()
+
+    stack = contextlib.AsyncExitStack()
+    waiting = loop.create_task(until_enough())
+    machine, run, cpu = loop.run_until_complete(begin())
+    for thread in (*controls, waker):
+        thread.start()
+    try:
+        while not figures.over.is_set():
+            waker.run_loop(waiting)
+    finally:
+        over.set()
+        waker.answer.release()
+        waker.join()
+        waker.close()
+        for control in controls:
+            control.over.set()
+            control.join()
+    assert cpu.is_resident and cpu.moves == 1, "it was to stay on the loop's thread"
+    loop.run_until_complete(end())
+    return figures, controls, "all"
+
+
+@pytest.mark.timeout(120 * PATIENCE + WAKEUPS / 100)
+@pytest.mark.parametrize("guest", ["computing", "halted"])
+def test_no_keyboard_interrupt_is_lost_or_late(guest, capsys):
+    """Of asyncio's loop: uvloop does not go on behind one that came at the wrong moment.
+
+    And of guests without exits: in a device's handler it is the handler's failure.
+    """
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    seed = random.SystemRandom().getrandbits(32)
+    count = WAKEUPS // (20 * len(GUESTS))
+    try:
+        judge(capsys, "asyncio", guest, seed, count, *interrupt_often(loop, guest, count, seed))
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 SPINNING = """
