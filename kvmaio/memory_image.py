@@ -11,6 +11,8 @@ it a fault or an exit for each page.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
 import re
@@ -32,6 +34,11 @@ _ENTRY = 8  # bytes of /proc/self/pagemap for a page
 _WRITTEN = re.compile(
     b"[%s]+" % b"".join(b"\\x%02x" % b for b in range(256) if b & 0xC0 and not b & 0x20)
 )
+
+# <linux/fs.h>: PAGEMAP_SCAN, since Linux 6.7, with the categories of pages that it knows.
+_PAGEMAP_SCAN = 0xC0606610
+_IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+_SCAN_AT_A_TIME = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -136,10 +143,63 @@ class MemoryImage:
 def written_runs(region: MemoryRegion) -> Iterator[tuple[int, int]]:
     """The pages written since the image was mapped or restored, as (first, behind the last)."""
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        try:
+            runs = _scanned(pagemap.fileno(), region)
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):  # an older kernel
+                raise
+        else:
+            yield from runs
+            return
         pagemap.seek(_address(region) // PAGE_SIZE * _ENTRY)
         entries = pagemap.read(region.size // PAGE_SIZE * _ENTRY)
     for run in _WRITTEN.finditer(entries[_ENTRY - 1 :: _ENTRY]):
         yield run.span()
+
+
+class _PageRegion(ctypes.Structure):
+    """struct page_region"""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("start", "end", "categories")]
+
+
+class _PagemapScan(ctypes.Structure):
+    """struct pm_scan_arg"""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages"),
+            *("category_inverted", "category_mask", "category_anyof_mask", "return_mask"),
+        )
+    ]
+
+
+def _scanned(pagemap: int, region: MemoryRegion) -> list[tuple[int, int]]:
+    """The same by PAGEMAP_SCAN, which looks at the page tables and hands out runs only."""
+    base = _address(region)
+    found = (_PageRegion * _SCAN_AT_A_TIME)()
+    scan = _PagemapScan(
+        size=ctypes.sizeof(_PagemapScan),
+        start=base,
+        end=base + region.size,
+        vec=ctypes.addressof(found),
+        vec_len=_SCAN_AT_A_TIME,
+        category_inverted=_IS_FILE,
+        category_mask=_IS_FILE,
+        category_anyof_mask=_IS_PRESENT | _IS_SWAPPED,
+        return_mask=_IS_FILE,
+    )
+    runs: list[tuple[int, int]] = []
+    while scan.start < scan.end:
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, scan)
+        for run in found[:count]:
+            first, behind = (run.start - base) // PAGE_SIZE, (run.end - base) // PAGE_SIZE
+            if runs and runs[-1][1] == first:  # cut where the table was full
+                first = runs.pop()[0]
+            runs.append((first, behind))
+        scan.start = scan.walk_end
+    return runs
 
 
 def _drop_written(region: MemoryRegion) -> None:
