@@ -14,10 +14,12 @@
 
 static PyObject *coroutine_type, *a_number;
 
+enum flags { IS_CLOSED, IS_ANSWERED, FLAGS };
+
 typedef struct kvmaio_access {
 	PyObject *handler, *offset, *size; /* borrowed, as all here */
 	PyObject *failed;                  /* called with an exception and the word written, or None */
-	const char *closed;                /* set when there is no run page any more */
+	char *flags;                       /* see `answer` */
 	uint8_t *data;                     /* the access's word in the run page */
 	size_t bytes;
 	int is_write;
@@ -33,34 +35,39 @@ static int tell(const kvmaio_access *access, PyObject *word)
 		PyException_SetTraceback(error, traceback);
 	PyObject *told =
 		PyObject_CallFunctionObjArgs(access->failed, error, word ? word : Py_None, NULL);
-	if (!told) {
-		Py_XDECREF(type);
-		Py_XDECREF(error);
-		Py_XDECREF(traceback);
+	if (told) {
+		Py_DECREF(told);
+		PyErr_Restore(type, error, traceback);
 		return -1;
 	}
-	Py_DECREF(told);
-	PyErr_Restore(type, error, traceback);
+	/* As within an `except`. */
+	PyObject *better_type, *better, *better_traceback;
+	PyErr_Fetch(&better_type, &better, &better_traceback);
+	PyErr_NormalizeException(&better_type, &better, &better_traceback);
+	PyObject *context = PyException_GetContext(better);
+	if (context || better == error)
+		Py_XDECREF(error);
+	else
+		PyException_SetContext(better, error); /* which it keeps */
+	Py_XDECREF(context);
+	Py_XDECREF(type);
+	Py_XDECREF(traceback);
+	PyErr_Restore(better_type, better, better_traceback);
 	return -1;
 }
 
 /* What a handler of reads gave goes into the run page. */
 static int store(const kvmaio_access *access, PyObject *value)
 {
-	uint64_t word;
-	if (!PyLong_Check(value)) { /* raises, unless it stands for one */
-		PyObject *number = PyNumber_Index(value);
-		if (!number) {
-			PyErr_Clear();
-			number = PyObject_CallFunctionObjArgs(a_number, value, NULL);
-		}
+	if (!PyLong_Check(value)) { /* raises, unless it passes for one */
+		PyObject *number = PyObject_CallFunctionObjArgs(a_number, value, NULL);
 		if (!number)
 			return -1;
-		word = PyLong_AsUnsignedLongLongMask(number);
 		Py_DECREF(number);
-	} else {
-		word = PyLong_AsUnsignedLongLongMask(value);
 	}
+	const uint64_t word = PyLong_AsUnsignedLongLongMask(value);
+	if (word == UINT64_MAX && PyErr_Occurred())
+		return -1;
 	memcpy(access->data, &word, access->bytes);
 	return 0;
 }
@@ -100,7 +107,7 @@ static enum answered answer_one(const kvmaio_access *access, PyObject **rest)
 		answered = *rest ? WAITS : FAILED;
 		goto done;
 	}
-	if (!answer || (!access->is_write && !*access->closed && store(access, answer) < 0))
+	if (!answer || (!access->is_write && !access->flags[IS_CLOSED] && store(access, answer) < 0))
 		answered = tell(access, word);
 done:
 	Py_XDECREF(answer);
@@ -109,7 +116,7 @@ done:
 }
 
 PyDoc_STRVAR(answer_doc,
-"answer(again, handle, handler, is_write, offset, size, data, told, failed, closed, due)\n--\n\n"
+"answer(again, handle, handler, is_write, offset, size, data, told, failed, flags, due)\n--\n\n"
 "Answer the access that is due, enter again, and so on while it is this one.\n\n"
 "Returns None where it is not any more. Else the handler's answer is to be awaited: an awaitable\n"
 "in a tuple, with what it waits for if it has been started. Then go on with `due` False.\n\n"
@@ -118,7 +125,8 @@ PyDoc_STRVAR(answer_doc,
 "    data: address of the access's word.\n"
 "    told: called when an access has been answered; None: nothing is.\n"
 "    failed: called with what a handler has raised, and the word that was written, or None.\n"
-"    closed: a bytearray, of 1 as soon as there is no run page any more.\n");
+"    flags: a bytearray of two: 1 as soon as there is no run page any more; and 1 while `told`\n"
+"        runs, so that who sees it raise knows that the access has been answered.\n");
 
 static PyObject *answer(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -134,15 +142,21 @@ static PyObject *answer(PyObject *module, PyObject *const *args, Py_ssize_t coun
 		.handler = args[2], .is_write = args[3] == Py_True, .offset = args[4],
 		.size = args[5], .bytes = PyLong_AsSize_t(args[5]),
 		.data = PyLong_AsVoidPtr(args[6]), .failed = args[8],
-		.closed = PyByteArray_AsString(args[9]),
+		.flags = PyByteArray_AsString(args[9]),
 	};
 	if (PyErr_Occurred())
 		return NULL;
+	if (PyByteArray_Size(args[9]) != FLAGS) {
+		PyErr_SetString(PyExc_ValueError, "two flags");
+		return NULL;
+	}
 	for (int due = args[10] == Py_True;; due = 1) {
 		if (due) {
 			/* A signal's handler that raises: the access stays due. */
 			if (PyErr_CheckSignals() < 0)
 				return NULL;
+			if (access.flags[IS_CLOSED])
+				Py_RETURN_NONE;
 			switch (answer_one(&access, &rest)) {
 			case FAILED:
 				return NULL;
@@ -152,13 +166,17 @@ static PyObject *answer(PyObject *module, PyObject *const *args, Py_ssize_t coun
 				break;
 			}
 		}
-		if (*access.closed)
+		if (access.flags[IS_CLOSED])
 			Py_RETURN_NONE;
 		if (told != Py_None) {
+			access.flags[IS_ANSWERED] = 1;
 			PyObject *nothing = PyObject_CallFunctionObjArgs(told, NULL);
 			if (!nothing)
 				return NULL;
 			Py_DECREF(nothing);
+			access.flags[IS_ANSWERED] = 0;
+			if (access.flags[IS_CLOSED])
+				Py_RETURN_NONE;
 		}
 		int other;
 		Py_BEGIN_ALLOW_THREADS

@@ -11,7 +11,7 @@ def answer(
     data: int,
     told: Callable[[], object] | None,
     failed: Callable[[BaseException, int | None], object],
-    closed: bytearray,
+    flags: bytearray,
     due: bool,
     /,
 ) -> tuple[Any] | tuple[Any, Any] | None: ...

@@ -16,13 +16,13 @@ from typing import Any
 
 from kvmaio.access_burst import AccessBurst
 
-__all__ = ["entered_by", "struck"]
+__all__ = ["Pending", "entered_by", "struck"]
 
 _Again = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _kept: list[Any] = []  # C calls them for as long as it likes
 
 
-class _Pending(int):
+class Pending(int):
     """A number of a signal. Reading `comes` has it come without a step of Python's behind that, in
     which its handler could run already."""
 
@@ -54,7 +54,7 @@ def struck(
     error: type[BaseException],
 ) -> Iterator[None]:
     """Have a signal's handler raise `error` as guests come out, before anybody looks at why."""
-    number, left = _Pending(signal.SIGUSR1), iter(strikes)
+    number, left = Pending(signal.SIGUSR1), iter(strikes)
 
     def again(handle: int, enter: Callable[[int], int]) -> int:
         other = enter(handle)

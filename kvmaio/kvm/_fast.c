@@ -27,9 +27,10 @@ void kvmaio_fast_destroy(kvmaio_fast *fast)
 int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell,
 		    int stamped)
 {
-	uint32_t count = fast->entries;
-	if (count == KVMAIO_FAST_ENTRIES)
+	const uint32_t count = fast->entries, unstamped = !cell && !stamped;
+	if ((unstamped ? fast->unstamped : count - fast->unstamped) == KVMAIO_FAST_ENTRIES)
 		return -ENOSPC;
+	fast->unstamped += unstamped;
 	fast->entry[count] = (kvmaio_fast_entry){ address, size, is_pio, cell, stamped };
 	__atomic_store_n(&fast->entries, count + 1, __ATOMIC_RELEASE);
 	return 0;

@@ -16,7 +16,7 @@
 #include <pthread.h>
 #include <stdint.h>
 
-#define KVMAIO_FAST_ENTRIES 64
+#define KVMAIO_FAST_ENTRIES 64 /* of posted writes without a time, and of all others */
 #define KVMAIO_FAST_DOORBELLS 32
 #define KVMAIO_FAST_QUEUE 1024 /* a power of two; six of KVM's rings */
 
@@ -41,7 +41,8 @@ typedef struct kvmaio_fast {
 	uint32_t serving;    /* a write was taken, and its device has not had it yet */
 	kvmaio_posted queue[KVMAIO_FAST_QUEUE];
 	uint32_t entries; /* atomic: grows only */
-	kvmaio_fast_entry entry[KVMAIO_FAST_ENTRIES];
+	uint32_t unstamped;
+	kvmaio_fast_entry entry[2 * KVMAIO_FAST_ENTRIES];
 	uint32_t doorbells;
 	int doorbell[KVMAIO_FAST_DOORBELLS];
 	uint64_t served; /* exits answered in C */
@@ -54,7 +55,7 @@ int kvmaio_fast_create(struct kvm_run *run_page, uint32_t ring_offset, kvmaio_fa
 void kvmaio_fast_destroy(kvmaio_fast *fast);
 
 /* Loop's thread, also while vCPUs run. `cell` NULL: take writes there, and stamp them
- * if they are to be `stamped`; else answer reads from it. -ENOSPC: the table is full. */
+ * if they are to be `stamped`; else answer reads from it. -ENOSPC: there are too many. */
 int kvmaio_fast_add(kvmaio_fast *fast, uint64_t address, uint32_t size, int is_pio, uint64_t *cell,
 		    int stamped);
 

@@ -165,7 +165,8 @@ static void grant_budget(kvmaio_resident *resident, kvmaio_vcpu *vcpu, int64_t n
 static _Thread_local pid_t own_tid __attribute__((tls_model("initial-exec")));
 
 /* Blocked, kicks could not end KVM_RUN: nothing could. So whenever others on the loop have run,
- * as a program may have blocked all signals meanwhile. */
+ * as a program may have blocked all signals meanwhile. Not after each handler of a burst, where it
+ * would cost a system call for each exit: a handler must not leave them blocked. */
 static void unblock_kicks(void)
 {
 	sigset_t kick;

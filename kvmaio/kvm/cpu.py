@@ -273,7 +273,7 @@ class KvmCpu:
 
     def _park(self, residents: Residents) -> None:
         self._inside = True
-        self._promotion.waits()
+        self._promotion.waits(self.handle.inside_ns)
         residents.park(self)
 
     def still_waiting(self) -> None:

@@ -53,8 +53,8 @@ class FastPaths:
         needed = lib.KVM_CAP_COALESCED_PIO if is_pio else lib.KVM_CAP_COALESCED_MMIO
         if self._vm.capability(needed):  # without it every write is an exit: the same, slower
             self._vm.coalesce(address, size, is_pio)
-            # So that the one that finds KVM's ring full need not wait for Python. A full table
-            # is no error: then it does.
+            # So that the one that finds KVM's ring full need not wait for Python; beyond 64
+            # registers it does.
             lib.kvmaio_fast_add(self._handle, address, size, is_pio, ffi.NULL, False)
             self._tell_cpus()
 

@@ -220,10 +220,10 @@ class Promotion:
         self._waited_ns = self._waited_inside_ns = 0
         return True
 
-    def waits(self) -> None:
-        """Its run wants the loop's thread from now on."""
+    def waits(self, inside_ns: int) -> None:
+        """Its run wants the loop's thread from now on, having had it for so much."""
         if self._company_moves_out:
-            self._waits_since_ns, self._waits_inside_ns = time.monotonic_ns(), 0
+            self._waits_since_ns, self._waits_inside_ns = time.monotonic_ns(), inside_ns
 
     def has_waited(self, inside_ns: int) -> None:
         """It has had the thread for so much of its run; it has more to go, or that was all."""

@@ -67,7 +67,6 @@ class Residents:
 
     def __init__(self, hub: Hub, costs: Costs) -> None:
         self._loop = hub.loop
-        self._costs = costs
         selector = epoll_of(hub.loop)
         shortest_ns = UNWATCHED_SLICE_NS if selector is None else SLICE_NS
         self.slice_ns = max(shortest_ns, SLICE_EXITS * costs.exit_ns)

@@ -45,7 +45,7 @@ class BurstingVCpu(RestingVCpu):
         super().__init__()
         self._bursting: AccessBurst | None = None
         self._burst_thread = 0
-        self._closed_flag = bytearray(1)  # `_closed`, for C
+        self._flags = bytearray(2)  # see `answer()`; the first is `_closed`
         self._handler_failed = False  # and not something else, between a handler and the next
         self._buses = (mmio, pio)
         self._watch: BurstWatch | None = None
@@ -120,7 +120,7 @@ class BurstingVCpu(RestingVCpu):
         It changes no state, as it may be on its way out of a wait.
         """
         known, again, handle = self._known, burst.again_at, burst.handle_at
-        failed, closed = self._fails, self._closed_flag
+        failed, flags = self._fails, self._flags
         while (key := burst.due) >= 0:
             try:
                 handler, is_write, offset, size, words, data, told, watched = known[key]
@@ -136,19 +136,19 @@ class BurstingVCpu(RestingVCpu):
                 burst.note_by(None)
             due = True
             while rest := answer(
-                again, handle, handler, is_write, offset, size, data, told, failed, closed, due
+                again, handle, handler, is_write, offset, size, data, told, failed, flags, due
             ):
                 try:
                     value = await _awaitable(rest, is_write)
-                    if closed[0]:
+                    if flags[0]:
                         return  # meanwhile: the handler has taken its time
                     if not is_write:
                         words[0] = a_number(value) & ((1 << 8 * size) - 1)
                 except BaseException as error:
-                    failed(error, words[0] if is_write and not closed[0] else None)
+                    failed(error, words[0] if is_write and not flags[0] else None)
                     raise
                 due = False
-            if closed[0]:
+            if flags[0]:
                 return
             while burst.must_write:
                 watched.write()
@@ -172,7 +172,9 @@ class BurstingVCpu(RestingVCpu):
 
     def _end_broken_burst(self, burst: AccessBurst) -> None:
         """An exception came. What the guest has done is not lost, and not done twice."""
-        is_due = not burst.is_held and burst.due >= 0 and not burst.is_running()
+        is_answered, self._flags[1] = self._flags[1], 0  # who is told of that has raised
+        is_over = is_answered or burst.is_held
+        is_due = not is_over and burst.due >= 0 and not burst.is_running()
         if not is_due:
             self._exit_due = self._begun = False
         elif not self._handler_failed:  # a signal's handler has, just as the access came
@@ -180,7 +182,7 @@ class BurstingVCpu(RestingVCpu):
             if self._state is COMPLETION:
                 self._state = SERVICE
         self._leave_burst(burst)
-        if not (is_due or burst.is_held or burst.is_running()):
+        if not (is_due or is_over or burst.is_running()):
             self._entry.end_burst(burst)
 
     def _book_burst(self) -> None:

@@ -613,7 +613,7 @@ class VCpu(BurstingVCpu):
     def close(self) -> None:
         """End the model's thread. Idempotent."""
         self._closed = True
-        self._closed_flag[0] = 1
+        self._flags[0] = 1
         self._tell_drain_waiters()
         self._registers.locked = CLOSED
         if self._entry.events is not None:

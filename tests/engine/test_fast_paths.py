@@ -249,7 +249,7 @@ async def test_a_posted_write_costs_no_exit_and_arrives_though_no_exit_comes():
 
 
 async def test_more_posted_writes_than_any_ring_holds():
-    """KVM's ring holds 169, the core's queue 512: then exits take over, in order."""
+    """KVM's ring holds 169, the core's queue 1024: then exits take over, in order."""
     count = 2000
     for register in (POSTED, TIMED):
         # xor bx, bx; loop: mov al, bl; out dx, al; inc bx; cmp bx, count; jne loop; hlt
@@ -259,6 +259,24 @@ async def test_more_posted_writes_than_any_ring_holds():
         )
         device, _, _ = await run_guest(code)
         assert [value for _, value in device.log] == [n & 0xFF for n in range(count)]
+
+
+@pytest.mark.parametrize("posted_first", [True, False])
+async def test_many_posted_registers_leave_room_for_others(posted_first):
+    class Posted(Device):
+        value = Register(0, int, posted=True)
+
+    class Shared(Device):
+        value = SharedRegister(0, int)
+
+    places = [(Posted, 0x1000), (Shared, 0x2000)]
+    async with Machine(cpu="kvm", memory="1M") as machine:
+        for kind, first in places if posted_first else reversed(places):
+            for port in range(first, first + 64):
+                machine.attach(kind(), pio=port)
+        machine.attach(Posted(), pio=0x3000)  # slower, and no error
+        with pytest.raises(ConfigurationError, match="more than 64 shared and timed registers"):
+            machine.attach(Shared(), pio=0x3001)
 
 
 async def test_shared_reads_reach_no_python():

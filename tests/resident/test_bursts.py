@@ -28,6 +28,7 @@ from kvmaio.bus import Target
 from kvmaio.devices import DebugExit
 from kvmaio.kvm import promotion
 from kvmaio.kvm.burst import ResidentBurst
+from kvmaio.trace.vcd import VcdTrace
 from kvmaio.vcpu import VCpu
 from tests.entries import struck
 from tests.resident.guests import PATIENCE, cpu_of
@@ -373,6 +374,44 @@ def test_an_exception_as_the_guest_comes_out_loses_no_access(monkeypatch, at_onc
     assert device.written == [n & 0xFF for n in range(len(device.written))]
     loop.run_until_complete(machine.close())
     loop.close()
+
+
+async def test_what_raises_as_an_answer_is_told_has_it_not_answered_twice(
+    at_once, monkeypatch, tmp_path
+):
+    """As by a signal's handler, or a full disk."""
+    told = iter([False] * 40 + [True])
+
+    def sample(*_):
+        if next(told, False):
+            raise Struck
+
+    async with asyncio.timeout(20 * PATIENCE), Machine(memory="32K", cpu="kvm") as machine:
+
+        class Numbers(Device):
+            value = Register(0, int)
+
+            def __init__(self):
+                self.written = []
+
+            @value.on_write
+            async def take(self, value):
+                self.written.append(value)
+                if len(self.written) % 100 == 0:
+                    machine.stop()
+
+        device = machine.attach(Numbers(), pio=PORT)
+        machine.load(Flat(OUT + COUNT + b"\xeb\xfa", 0x1000))
+        struck = 0
+        with machine.trace(tmp_path / "run.vcd"):
+            monkeypatch.setattr(VcdTrace, "_sample", sample)
+            for _ in range(6):
+                try:
+                    await machine.run()
+                except Struck:
+                    struck += 1
+    assert struck == 1
+    assert device.written == [n & 0xFF for n in range(len(device.written))]
 
 
 # ---- handlers --------------------------------------------------------------------------------

@@ -375,7 +375,7 @@ class Computing:
         """`share` of the time that it waits is the guest's; before, it does not run at all."""
         for _ in range(windows):
             self.now_ns += idle_ns
-            self.policy.waits()
+            self.policy.waits(inside_ns=0)
             self.now_ns += promotion.BUSY_WINDOW_NS + 1
             self.policy.has_waited(int(promotion.BUSY_WINDOW_NS * share))
             if self.policy.loses_here(lambda: self.alone):
