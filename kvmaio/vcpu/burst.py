@@ -86,7 +86,7 @@ class BurstingVCpu(RestingVCpu):
         """
         answers: Any = self._answers(burst)
         burst.begin(told=self._left is not None)
-        self._handler_failed = False
+        self._handler_failed, self._flags[1] = False, 0
         self._burst_thread = get_ident()
         try:
             self._bursting = burst
