@@ -30,6 +30,8 @@ _EXIT = EntryResult.EXIT
 _CONTEXT, _MODEL = Newer.CONTEXT, Newer.MODEL
 _IO, _MMIO = int(Reason.IO), int(Reason.MMIO)
 
+CLOSED_FLAG, _ANSWERED_FLAG = 0, 1  # the flags of `answer()`
+
 MOST_KNOWN = 1 << 12
 """So many accesses are remembered: a guest that probes everything must not eat the host."""
 
@@ -45,7 +47,7 @@ class BurstingVCpu(RestingVCpu):
         super().__init__()
         self._bursting: AccessBurst | None = None
         self._burst_thread = 0
-        self._flags = bytearray(2)  # see `answer()`; the first is `_closed`
+        self._flags = bytearray(2)  # of `answer()`: `_closed`, and an answer is told
         self._handler_failed = False  # and not something else, between a handler and the next
         self._buses = (mmio, pio)
         self._watch: BurstWatch | None = None
@@ -86,7 +88,7 @@ class BurstingVCpu(RestingVCpu):
         """
         answers: Any = self._answers(burst)
         burst.begin(told=self._left is not None)
-        self._handler_failed, self._flags[1] = False, 0
+        self._handler_failed, self._flags[_ANSWERED_FLAG] = False, 0
         self._burst_thread = get_ident()
         try:
             self._bursting = burst
@@ -140,15 +142,15 @@ class BurstingVCpu(RestingVCpu):
             ):
                 try:
                     value = await _awaitable(rest, is_write)
-                    if flags[0]:
+                    if flags[CLOSED_FLAG]:
                         return  # meanwhile: the handler has taken its time
                     if not is_write:
                         words[0] = a_number(value) & ((1 << 8 * size) - 1)
                 except BaseException as error:
-                    failed(error, words[0] if is_write and not flags[0] else None)
+                    failed(error, words[0] if is_write and not flags[CLOSED_FLAG] else None)
                     raise
                 due = False
-            if flags[0]:
+            if flags[CLOSED_FLAG]:
                 return
             while burst.must_write:
                 watched.write()
@@ -172,7 +174,8 @@ class BurstingVCpu(RestingVCpu):
 
     def _end_broken_burst(self, burst: AccessBurst) -> None:
         """An exception came. What the guest has done is not lost, and not done twice."""
-        is_answered, self._flags[1] = self._flags[1], 0  # who is told of that has raised
+        is_answered = self._flags[_ANSWERED_FLAG]  # who is told of that has raised
+        self._flags[_ANSWERED_FLAG] = 0
         is_over = is_answered or burst.is_held
         is_due = not is_over and burst.due >= 0 and not burst.is_running()
         if not is_due:

@@ -42,7 +42,7 @@ from ..suspension import (
     stopped_iteration,
 )
 from .at_rest import CLOSED
-from .burst import BurstingVCpu
+from .burst import CLOSED_FLAG, BurstingVCpu
 from .entry import Entry
 from .instruction_events import InstructionEvents, instruction_stop
 from .registers_sync import Newer
@@ -613,7 +613,7 @@ class VCpu(BurstingVCpu):
     def close(self) -> None:
         """End the model's thread. Idempotent."""
         self._closed = True
-        self._flags[0] = 1
+        self._flags[CLOSED_FLAG] = 1
         self._tell_drain_waiters()
         self._registers.locked = CLOSED
         if self._entry.events is not None:
